@@ -1,0 +1,164 @@
+"""One flow for each step of the road.
+
+Parameters are paths, names and small values; a relative path is taken from the current folder, which under a worker
+is the workspace. Prefect stores parameters as they are given: a folder named in them should not carry a patient's name.
+
+Reading scans and predicting are tried again after a failure and go on where they stopped. Training is not: a flow run
+that Prefect starts again, by hand or after a crash, goes on with its run from the last checkpoint.
+"""
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.artifacts import leave_artifacts
+from flows.attempts import call_step
+from flows.identity import (
+    can_go_on,
+    current_run_id,
+    name_by_step,
+    name_new_run,
+    prefect_tags,
+    take_name,
+    workspace_folder,
+)
+from medseg import road
+from medseg.files import UserError
+from medseg.result import Result
+from medseg.runs import find_run
+
+FLOW_OPTIONS: dict[str, Any] = {"retries": 0, "persist_result": False, "result_serializer": "json", "log_prints": False}
+
+
+@flow(name="medseg-ingest", flow_run_name=name_by_step, **FLOW_OPTIONS)
+def ingest_flow(
+    sources: list[str],
+    cohort: str,
+    labels: str | None = None,
+    config: str | None = None,
+    overrides: list[str] | None = None,
+    workspace: str | None = None,
+) -> Result:
+    """Turn scans into a cohort; run again, it takes in what is new.
+
+    Args:
+        sources: folders, files or archives of scans.
+        cohort: folder of the cohort.
+        labels: folder of label maps, or a CSV table.
+        config: path or name of the config whose labels are checked.
+        overrides: `a.b=c`, as `--set` takes them.
+        workspace: by default `MEDSEG_WORKSPACE`.
+    """
+    place = workspace_folder(workspace)
+    table = Path(labels) if labels else None
+
+    def step() -> Result:
+        return road.ingest(sources, Path(cohort), table, config, overrides or [], place)
+
+    return leave_artifacts(call_step("ingest", place, step, restartable=True), place)
+
+
+@flow(name="medseg-plan", flow_run_name=name_by_step, **FLOW_OPTIONS)
+def plan_flow(config: str, cohort: str, overrides: list[str] | None = None, workspace: str | None = None) -> Result:
+    """Plan a training on a cohort: spacing, patch, batch, measured memory, estimated time."""
+    place = workspace_folder(workspace)
+
+    def step() -> Result:
+        return road.plan(road.load(config, overrides or []), Path(cohort))
+
+    return leave_artifacts(call_step("plan", place, step), place)
+
+
+@flow(name="medseg-train", flow_run_name=name_new_run, **FLOW_OPTIONS)
+def train_flow(
+    config: str,
+    cohort: str,
+    overrides: list[str] | None = None,
+    workspace: str | None = None,
+    resume: str | None = None,
+    run_id: str | None = None,
+) -> Result:
+    """Train one network as one run; the name of the flow run is the id of the run.
+
+    Args:
+        config: path or name of the config.
+        cohort: folder of the cohort.
+        overrides: `a.b=c`, as `--set` takes them.
+        workspace: by default `MEDSEG_WORKSPACE`.
+        resume: id of the run to go on with.
+        run_id: id for the new run; by default a new one.
+    """
+    place = workspace_folder(workspace)
+    identity, tags = current_run_id(), prefect_tags()
+    again = resume or (identity if can_go_on(place, identity) else None)
+
+    def step() -> Result:
+        resolved = road.load(config, overrides or [])
+        return road.train(resolved, Path(cohort), place, resume=again, run_id=identity, tags=tags)
+
+    return leave_artifacts(call_step("train", place, step, gpu=True), place)
+
+
+@flow(name="medseg-evaluate", flow_run_name=name_by_step, **FLOW_OPTIONS)
+def evaluate_flow(model: str, cohort: str, split: str = "test", workspace: str | None = None) -> Result:
+    """Measure a model on one split of a labelled cohort, in the run that trained it, and write its report.
+
+    Args:
+        model: bundle folder, run id, or `models:/NAME@ALIAS`.
+        cohort: folder of the cohort.
+        split: train, val or test.
+        workspace: by default `MEDSEG_WORKSPACE`.
+    """
+    place = workspace_folder(workspace)
+
+    def step() -> Result:
+        return road.evaluate(model, Path(cohort), place, split=split)
+
+    result = call_step("evaluate", place, step, gpu=True)
+    take_name(result.run_id)
+    return leave_artifacts(result, place)
+
+
+@flow(name="medseg-predict", flow_run_name=name_new_run, **FLOW_OPTIONS)
+def predict_flow(
+    model: str, scans: list[str], out: str, workspace: str | None = None, run_id: str | None = None
+) -> Result:
+    """Segment or classify scans; the ledger in `out` says what became of each. Run again, it takes what is new.
+
+    Args:
+        model: bundle folder, run id, or `models:/NAME@ALIAS`.
+        scans: whatever ingest takes, or the folder of one cohort.
+        out: folder of the masks and the ledger.
+        workspace: by default `MEDSEG_WORKSPACE`.
+        run_id: id for the batch's run; by default a new one.
+    """
+    place = workspace_folder(workspace)
+    identity, tags = current_run_id(), prefect_tags()
+
+    def step() -> Result:
+        return road.predict(model, scans, Path(out), place, run_id=identity, tags=tags)
+
+    return leave_artifacts(call_step("predict", place, step, restartable=True, gpu=True), place)
+
+
+@flow(name="medseg-report", flow_run_name=name_by_step, **FLOW_OPTIONS)
+def report_flow(target: str, workspace: str | None = None) -> Result:
+    """Write the pages of a run, a prediction folder or a cohort.
+
+    Args:
+        target: run id, or one of these folders.
+        workspace: by default `MEDSEG_WORKSPACE`.
+    """
+    place = workspace_folder(workspace)
+
+    def step() -> Result:
+        return road.report(target, place)
+
+    result = call_step("report", place, step)
+    with suppress(UserError):  # the target is a folder that is no run's
+        result = replace(result, run_id=find_run(place, target).id)
+    take_name(result.run_id)
+    return leave_artifacts(result, place)

@@ -1,0 +1,305 @@
+"""The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
+
+`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, and `bundle.json` with what the model is and the
+SHA-256 of every other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
+"""
+
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.config import Config, dump_config, load_config
+from medseg.files import (
+    UserError,
+    default_workspace,
+    dump_json,
+    plain,
+    read_json,
+    replacing,
+    sha256_file,
+    write_json,
+    write_text,
+)
+from medseg.plan import Plan, read_plan, write_plan
+from medseg.runs import find_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+WEIGHTS = "weights.safetensors"
+_FILES = (WEIGHTS, "config.yaml", "plan.yaml", "MODEL_CARD.md")
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained model on disk, verified.
+
+    Attributes:
+        folder: where it lies.
+        labels: label name to value (segmentation) or class name to index.
+        sha256: over `bundle.json`, and through it over every file; names this model in results and ledgers.
+        facts: the content of `bundle.json`.
+    """
+
+    folder: Path
+    config: Config
+    plan: Plan
+    labels: Mapping[str, int]
+    sha256: str
+    facts: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment that made it."""
+        return self.config.name
+
+    @property
+    def run_id(self) -> str:
+        """The run that trained it."""
+        return str(self.facts["run_id"])
+
+    @property
+    def temperature(self) -> float:
+        """Divisor of the logits before the softmax, from the calibration; 1 without one."""
+        return float((self.facts["calibration"] or {}).get("temperature", 1.0))
+
+    @property
+    def operating_point(self) -> tuple[str, float] | None:
+        """Class and threshold: that class is called when its probability reaches the threshold."""
+        point = self.facts["operating_point"]
+        return (str(point["target"]), float(point["threshold"])) if point else None
+
+    def identity(self) -> dict[str, str]:
+        """Name, hash and run, as results quote them."""
+        return {"name": self.name, "sha256": self.sha256, "run_id": self.run_id}
+
+    def predict(self, scan: str | Path) -> Any:
+        """Segment or classify one scan: a file, or the folder of one DICOM series.
+
+        Returns:
+            A `medseg.predict.Prediction`: mask on the scan's own grid, volumes in ml, probabilities, flags.
+
+        Raises:
+            UserError: the path holds no scan, several scans, or one that the model cannot take.
+        """
+        return self._predictor.predict_file(Path(scan))
+
+    @cached_property
+    def _predictor(self) -> Any:
+        # By name, since predict stands above bundle and imports go down only; this door is for people, who
+        # should not have to know two modules.
+        return importlib.import_module("medseg.predict").Predictor(self)
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    state_dict: Mapping[str, "Tensor"],
+    config: Config,
+    plan: Plan,
+    run_id: str,
+    cohort_sha256: str,
+    metrics: Mapping[str, Any],
+    calibration: Mapping[str, float] | None = None,
+    operating_point: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
+
+    Args:
+        state_dict: the network's weights; anything on any device.
+        metrics: what was measured on it, for `bundle.json` and the model card.
+        calibration: `{"temperature": …}` for the logits of a classifier.
+        operating_point: `{"target": class name, "threshold": probability}`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "name": config.name,
+        "version": package_version(),
+        "run_id": run_id,
+        "task": config.task.kind,
+        "labels": config.task.labels,
+        "channels": config.task.channels,
+        "cohort_sha256": cohort_sha256,
+        "metrics": metrics,
+        "calibration": calibration,
+        "operating_point": operating_point,
+        "simulated": config.ingest.simulated,
+    }
+    with _new_folder(folder) as part:
+        _write_weights(part / WEIGHTS, state_dict)
+        write_text(part / "config.yaml", dump_config(config))
+        write_plan(part / "plan.yaml", plan)
+        write_text(part / "MODEL_CARD.md", model_card(facts, config, plan))
+        facts["files"] = {name: sha256_file(part / name) for name in _FILES}
+        write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
+    return folder
+
+
+def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle:
+    """Load and verify a bundle.
+
+    Args:
+        path_or_id: a bundle folder or the folder of a run; a run id; or `models:/NAME@ALIAS`.
+        workspace: where runs and registered models are looked up.
+
+    Raises:
+        UserError: there is none, a file is missing, or one differs from the hash recorded for it.
+    """
+    folder = find_bundle(str(path_or_id), workspace or default_workspace())
+    facts = read_json(folder / "bundle.json")
+    _verify(folder, facts)
+    config = load_config(folder / "config.yaml")
+    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts)
+
+
+def find_bundle(name: str, workspace: Path) -> Path:
+    """The bundle folder meant by a folder, a run id or a registered model; raises UserError when there is none."""
+    if name.startswith("models:"):
+        from medseg.tracking import fetch_model  # loads mlflow, which a bundle on disk does not need
+
+        return fetch_model(name, workspace)
+    path = Path(name)
+    if not path.is_dir():
+        if not _RUN_ID.fullmatch(name):
+            raise UserError(f"model {name!r} is neither a bundle folder, nor a run id, nor models:/NAME@ALIAS.")
+        try:
+            path = find_run(workspace, name).path
+        except UserError as error:
+            raise UserError(f"model {name!r} is no bundle folder and no models:/NAME@ALIAS, and {error}") from error
+    for folder in (path, path / "bundle"):
+        if (folder / "bundle.json").is_file():
+            return folder
+    raise UserError(f"{path} holds no bundle (no bundle.json); finish its training, or name another model.")
+
+
+def read_weights(bundle: Bundle) -> dict[str, "Tensor"]:
+    """The weights, on the CPU. Raises UserError when the file is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = bundle.folder / WEIGHTS
+    try:
+        weights: dict[str, Tensor] = load_file(path, device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy the bundle again.") from error
+    return weights
+
+
+def package_version() -> str:
+    """The installed version of medseg."""
+    try:
+        return version("medseg")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def model_card(facts: Mapping[str, Any], config: Config, plan: Plan) -> str:
+    """The model card in Markdown, made of facts only."""
+    task, grid = config.task, " × ".join(f"{n:g}" for n in plan.spacing_mm or plan.size_px)
+    if grid:
+        grid += " mm" if plan.spacing_mm else " px"
+    cases = plan.fingerprint.get("cases", "an unknown number of")
+    figures = [
+        f"| {name.replace('_', ' ')} | {value:.4g} |"
+        for name, value in facts["metrics"].items()
+        if isinstance(value, (int, float))
+    ]
+    simulated = "\nThe training cases are simulated; figures on them say nothing about patients.\n"
+    return "\n".join(
+        [
+            f"# {config.name}",
+            "",
+            f"{task.kind.capitalize()} in {task.spatial_dims}D of {', '.join(task.labels)} from the image channels "
+            f"{', '.join(task.channels)}, by the network `{config.model.name}`.",
+            "",
+            "## Intended use",
+            "",
+            "Research only. Not a medical device; a qualified person must review every result.",
+            "",
+            "## Data",
+            "",
+            f"Trained on {cases} cases of the cohort with SHA-256 `{facts['cohort_sha256']}`, on "
+            f"{f'a grid of {grid}' if grid else 'their own grids'} (normalisation: {plan.normalise}).",
+            simulated if config.ingest.simulated else "",
+            "## Figures",
+            "",
+            "Measured during training, on the validation split where named `val`. The test split is measured by "
+            "`medseg evaluate`.",
+            "",
+            *(["| figure | value |", "|---|---|", *figures] if figures else ["None was recorded."]),
+            "",
+            "## Limits",
+            "",
+            "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
+            f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
+            "",
+            "## Origin",
+            "",
+            f"Run `{facts['run_id']}`, seed {config.seed}, medseg {facts['version']}.",
+            "",
+        ]
+    )
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that replaces it when the block ends well."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{folder} cannot be written ({reason}); choose a folder you may write to.") from error
+    try:
+        yield part
+        part.chmod(0o755)
+        old = part.with_name(f"{part.name}-old")
+        if folder.exists():
+            folder.rename(old)
+        os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> None:
+    from safetensors.torch import save_file
+
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}
+    with replacing(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt"})
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """Hash over all facts but the hash itself, independent of their order."""
+    tree = plain({name: value for name, value in facts.items() if name != "sha256"})
+    return hashlib.sha256(dump_json(sorted(tree.items())).encode()).hexdigest()
+
+
+def _verify(folder: Path, facts: Any) -> None:
+    where = folder / "bundle.json"
+    if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{where} is not of schema version {SCHEMA_VERSION}; train the model with this version.")
+    if facts.get("sha256") != _digest(facts) or set(facts.get("files", ())) != set(_FILES):
+        raise UserError(f"{where} was changed since the bundle was made; copy the bundle again from its run.")
+    for name, digest in facts["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; copy the bundle again from its run.")
+        if sha256_file(path) != digest:
+            raise UserError(f"{path} differs from its hash in bundle.json; copy the bundle again from its run.")

@@ -1,0 +1,137 @@
+"""Batches: parameters are drawn first, as a pure function of (seed, step), then applied.
+
+So a batch can be made again at any time from two integers, and a resumed run sees what the uninterrupted one would.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medseg.config import AugmentConfig
+from medseg.data.augment import AugmentParameters, augment, draw_augment
+from medseg.data.cache import Example
+
+
+@dataclass(frozen=True)
+class ItemParameters:
+    """Which case, where its patch is centred (voxels), and how it is augmented."""
+
+    index: int
+    centre: tuple[int, ...]
+    augment: AugmentParameters
+
+
+@dataclass(frozen=True)
+class Batch:
+    """image_BCDHW float32; label_B1DHW (segmentation) or target_B (classification)."""
+
+    image: Tensor
+    target: Tensor
+    parameters: tuple[ItemParameters, ...]
+
+
+class BatchSource:
+    """Draws and makes training batches.
+
+    Args:
+        examples: the training cases.
+        patch_size: voxels per axis of a patch.
+        batch_size: items per batch.
+        foreground_share: share of patches centred on a labelled voxel (classes equally often).
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        patch_size: tuple[int, ...],
+        batch_size: int,
+        config: AugmentConfig,
+        *,
+        foreground_share: float,
+        seed: int,
+    ) -> None:
+        self.examples, self.patch_size, self.batch_size = examples, patch_size, batch_size
+        self.config, self.foreground_share, self.seed = config, foreground_share, seed
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Steps in which every case is seen once."""
+        return max(1, len(self.examples) // self.batch_size)
+
+    def draw(self, step: int) -> tuple[ItemParameters, ...]:
+        """The parameters of every item of batch `step` (0-based)."""
+        chosen = [self._case_at(step * self.batch_size + item) for item in range(self.batch_size)]
+        rng = np.random.default_rng([self.seed, 1, step])
+        return tuple(
+            ItemParameters(index, self._draw_centre(index, rng), draw_augment(self.config, len(self.patch_size), rng))
+            for index in chosen
+        )
+
+    def make(self, parameters: tuple[ItemParameters, ...]) -> Batch:
+        """Apply drawn parameters."""
+        images, labels = [], []
+        for item in parameters:
+            example = self.examples[item.index]
+            images.append(crop(example.image, item.centre, self.patch_size))
+            if example.label is not None:
+                labels.append(crop(example.label[None], item.centre, self.patch_size))
+        image = torch.from_numpy(np.stack(images))
+        label = torch.from_numpy(np.stack(labels).astype(np.float32)) if labels else None
+        image, label = augment(image, label, [item.augment for item in parameters])
+        if label is None:
+            label = torch.tensor([self.examples[item.index].target for item in parameters])
+        return Batch(image, label, parameters)
+
+    def stream(self, first_step: int, stop_step: int) -> Iterator[Batch]:
+        """Batches of steps first..stop-1, made one ahead in a thread while the caller computes."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [
+                pool.submit(lambda s: self.make(self.draw(s)), s)
+                for s in range(first_step, min(first_step + 2, stop_step))
+            ]
+            for step in range(first_step, stop_step):
+                batch = ahead.pop(0).result()
+                if step + 2 < stop_step:
+                    ahead.append(pool.submit(lambda s: self.make(self.draw(s)), step + 2))
+                yield batch
+
+    def _case_at(self, position: int) -> int:
+        sweep, place = divmod(position, len(self.examples))
+        return int(np.random.default_rng([self.seed, 0, sweep]).permutation(len(self.examples))[place])
+
+    def _draw_centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
+        example = self.examples[index]
+        shape = example.image.shape[1:]
+        classes = [points for points in example.points if len(points)]
+        if classes and rng.random() < self.foreground_share:
+            points = classes[rng.integers(len(classes))]
+            centre = points[rng.integers(len(points))]
+        else:
+            centre = np.array([rng.integers(n) for n in shape])
+        return tuple(_clamp(int(c), n, p) for c, n, p in zip(centre, shape, self.patch_size, strict=True))
+
+
+def crop(array: NDArray[np.generic], centre: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:
+    """Cut (channel, *size) round `centre`; what lies outside the array is 0."""
+    out = np.zeros((array.shape[0], *size), dtype=array.dtype)
+    source, target = [slice(None)], [slice(None)]
+    for c, n, p in zip(centre, array.shape[1:], size, strict=True):
+        start = c - p // 2
+        low = min(max(0, start), n)
+        high = max(low, min(n, start + p))
+        source.append(slice(low, high))
+        target.append(slice(low - start, high - start))
+    out[tuple(target)] = array[tuple(source)]
+    return out
+
+
+def _clamp(centre: int, length: int, patch: int) -> int:
+    """Keep the patch inside the image where it fits, else centre the image in the patch."""
+    if patch >= length:
+        return length // 2
+    return min(max(centre, patch // 2), length - patch + patch // 2)

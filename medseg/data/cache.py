@@ -1,0 +1,97 @@
+"""Prepared cases on disk, read through memory maps: training starts at once the second time, and a cohort larger
+than the memory still trains."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.cohort import Case, Cohort
+from medseg.data.preprocess import prepare
+from medseg.files import replacing
+from medseg.images import read_image
+from medseg.plan import Plan
+from medseg.progress import progress
+
+_POINTS_PER_CLASS = 5000
+_GRID_FIELDS = (
+    "spacing_mm",
+    "size_px",
+    "normalise",
+    "intensity_low",
+    "intensity_high",
+    "intensity_mean",
+    "intensity_sd",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One case on the network's grid.
+
+    Attributes:
+        image: (channel, *space) float32, memory-mapped.
+        label: (*space) uint8 or uint16, memory-mapped; None for classification.
+        points: per label value 1, 2, …: (n, space) int32 voxel indices of that label, at most 5000, evenly spread.
+        target: class index; -1 for segmentation.
+    """
+
+    case: Case
+    image: NDArray[np.float32]
+    label: NDArray[np.integer] | None
+    points: tuple[NDArray[np.int32], ...]
+    target: int
+
+
+def load_examples(
+    cohort: Cohort, cases: Sequence[Case], plan: Plan, cache: Path, *, workers: int = 2, what: str = "cases"
+) -> list[Example]:
+    """Prepare each case once into `cache` and map it.
+
+    The cache's key covers the cohort, the case and every field of the plan that changes the arrays.
+    """
+    with ThreadPoolExecutor(workers) as pool, progress(f"Preparing {what}", len(cases)) as shown:
+        futures = [pool.submit(_load, cohort, case, plan, cache) for case in cases]
+        examples = []
+        for future in futures:
+            examples.append(future.result())
+            shown.advance()
+    return examples
+
+
+def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path) -> Example:
+    grid = [cohort.sha256, case.case_id, [str(getattr(plan, name)) for name in _GRID_FIELDS]]
+    stem = cache / hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
+    image_path, label_path = stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")
+    source = cohort.label_path(case)
+    if not image_path.is_file():
+        channels = [read_image(path) for path in cohort.image_paths(case)]
+        prepared = prepare(channels, plan, read_image(source) if source else None)
+        if prepared.label is not None:
+            _save(label_path, prepared.label)
+        _save(image_path, prepared.image)
+    image = np.load(image_path, mmap_mode="r", allow_pickle=False)
+    label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
+    points = () if label is None else _points(np.asarray(label), max(cohort.label_names.values(), default=0))
+    target = cohort.label_names.get(case.target, -1) if case.target else -1
+    return Example(case, image, label, points, target)
+
+
+def _points(label: NDArray[np.integer], classes: int) -> tuple[NDArray[np.int32], ...]:
+    found = []
+    for value in range(1, classes + 1):
+        index = np.flatnonzero(label == value)
+        if len(index) > _POINTS_PER_CLASS:
+            index = index[np.linspace(0, len(index) - 1, _POINTS_PER_CLASS).astype(np.int64)]
+        found.append(np.stack(np.unravel_index(index, label.shape), axis=1).astype(np.int32))
+    return tuple(found)
+
+
+def _save(path: Path, array: NDArray[np.generic]) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.ascontiguousarray(array), allow_pickle=False)

@@ -1,0 +1,1 @@
+"""Predictions against labels: figures per case, per class and in total, with intervals."""

@@ -1,0 +1,153 @@
+"""Class probabilities against known classes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.cohort import Case
+from medseg.evaluate.outcomes import Outcome, read_result, reason_of
+from medseg.evaluate.statistics import Estimate, bootstrap, proportion
+from medseg.files import UserError
+from medseg.metrics import confusion, roc_auc, roc_curve
+
+Array = NDArray[np.float64]
+Point = tuple[str, float]  # that class is called when its probability reaches the threshold
+
+
+def measure(
+    cases: Sequence[Case], predictions: Path, labels: Mapping[str, int], *, point: Point | None = None
+) -> list[Outcome]:
+    """Compare each case's probabilities with its class.
+
+    Args:
+        point: the operating point; a case below it is given the most probable other class. By default class 1 from
+            0.5 on with two classes, the most probable class with more.
+
+    Returns:
+        One outcome per case: figures `p_<class>`, and as score the probability of the true class.
+    """
+    names = sorted(labels, key=lambda name: labels[name])
+    return [_compare(case, predictions, names, _point(names, point)) for case in cases]
+
+
+def total(
+    outcomes: Sequence[Outcome], labels: Mapping[str, int], *, point: Point | None = None, seed: int = 0
+) -> dict[str, object]:
+    """AUC, accuracy, sensitivity and specificity with 95 % intervals, the confusion matrix, and the same by site.
+
+    With two classes that of the operating point is the positive one and `roc` holds the curve. With more, AUC,
+    sensitivity and specificity are means over the classes, each against the rest; `per_class` lists the AUC of each.
+    """
+    names = sorted(labels, key=lambda name: labels[name])
+    used = _point(names, point)
+    positive = names.index(used[0]) if used and len(names) == 2 else None
+    measured = [outcome for outcome in outcomes if outcome.measured]
+    figures = _figures(measured, names, positive, seed)
+    sites = {}
+    for site in sorted({outcome.case.site for outcome in measured if outcome.case.site}):
+        sites[site] = _figures([outcome for outcome in measured if outcome.case.site == site], names, positive, seed)
+    truth, probs, called = _arrays(measured, names)
+    more: dict[str, object] = {"classes": names, "threshold": used[1] if used else None}
+    more["confusion"] = confusion(truth, called, len(names))
+    more["positive"] = used[0] if used else None
+    if positive is not None:
+        more["roc"] = _roc(truth == positive, probs[:, positive])
+    else:
+        more["per_class"] = {name: {"auc": _auc_or_nan(truth == k, probs[:, k])} for k, name in enumerate(names)}
+    return {**more, **figures, "sites": sites}
+
+
+def _compare(case: Case, predictions: Path, names: Sequence[str], point: Point | None) -> Outcome:
+    try:
+        if case.target not in names:
+            raise UserError(f"the cohort gives no class among {', '.join(names)} for this case; ingest with --labels.")
+        found = read_result(predictions, case.case_id).get("probs") or {}
+        if missing := [name for name in names if not isinstance(found.get(name), int | float)]:
+            raise UserError(f"its result.json has no probability of {missing[0]!r}; predict the case again.")
+    except UserError as error:
+        return Outcome(case, reason=reason_of(error, predictions), target=case.target)
+    probs = {name: float(found[name]) for name in names}
+    rest = probs
+    if point is not None:
+        rest = {name: p for name, p in probs.items() if (name == point[0]) == (probs[point[0]] >= point[1])}
+    predicted = max(rest, key=lambda name: rest[name])
+    return Outcome(
+        case,
+        score=probs[case.target],
+        figures={f"p_{name}": p for name, p in probs.items()},
+        target=case.target,
+        predicted=predicted,
+        probs=probs,
+    )
+
+
+def _point(names: Sequence[str], given: Point | None) -> Point | None:
+    if given is not None and given[0] not in names:
+        raise UserError(f"operating_point names class {given[0]!r}, which is none of {', '.join(names)}.")
+    return given or ((names[1], 0.5) if len(names) == 2 else None)
+
+
+def _arrays(outcomes: Sequence[Outcome], names: Sequence[str]) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
+    """True class (n,), probabilities (n, classes), called class (n,)."""
+    truth = np.array([names.index(o.target) for o in outcomes], dtype=np.int64)
+    called = np.array([names.index(o.predicted) for o in outcomes], dtype=np.int64)
+    probs = np.array([[o.probs[name] for name in names] for o in outcomes], dtype=np.float64)
+    return truth, probs.reshape(len(outcomes), len(names)), called
+
+
+def _figures(outcomes: Sequence[Outcome], names: Sequence[str], positive: int | None, seed: int) -> dict[str, object]:
+    truth, probs, called = _arrays(outcomes, names)
+    patients = [outcome.case.patient_id for outcome in outcomes]
+    if positive is not None:
+        sensitivity = _share(called == positive, truth == positive, patients, seed)
+        specificity = _share(called != positive, truth != positive, patients, seed)
+        auc = bootstrap(lambda w: roc_auc(truth == positive, probs[:, positive], w), patients, seed=seed)
+    else:
+        present = sorted(set(truth.tolist()))
+        sensitivity = bootstrap(lambda w: _mean_share(called, truth, w, present, True), patients, seed=seed)
+        specificity = bootstrap(lambda w: _mean_share(called, truth, w, present, False), patients, seed=seed)
+        auc = bootstrap(lambda w: _mean_auc(truth, probs, w, present), patients, seed=seed)
+    return {
+        "n": len(outcomes),
+        "auc": asdict(auc),
+        "accuracy": asdict(proportion(called == truth, patients, seed=seed)),
+        "sensitivity": asdict(sensitivity),
+        "specificity": asdict(specificity),
+    }
+
+
+def _share(hits: NDArray[np.bool_], among: NDArray[np.bool_], patients: Sequence[str], seed: int) -> Estimate:
+    return proportion(hits[among], [p for p, counts in zip(patients, among, strict=True) if counts], seed=seed)
+
+
+def _mean_share(
+    called: NDArray[np.int64], truth: NDArray[np.int64], weights: Array, present: Sequence[int], of_class: bool
+) -> float:
+    """Mean over classes of the sensitivity (`of_class`) or the specificity of each against the rest."""
+    shares = []
+    for k in present:
+        among = (truth == k) == of_class
+        if (weight := float(weights[among].sum())) <= 0:
+            raise ValueError(f"no case of class {k} was drawn.")
+        shares.append(float(weights[among & ((called == k) == of_class)].sum()) / weight)
+    return float(np.mean(shares)) if shares else math.nan
+
+
+def _mean_auc(truth: NDArray[np.int64], probs: Array, weights: Array, present: Sequence[int]) -> float:
+    areas = [roc_auc(truth == k, probs[:, k], weights) for k in present]
+    return float(np.mean(areas)) if areas else math.nan
+
+
+def _auc_or_nan(truth: NDArray[np.bool_], score: Array) -> float:
+    return roc_auc(truth, score) if 0 < int(truth.sum()) < len(truth) else math.nan
+
+
+def _roc(truth: NDArray[np.bool_], score: Array) -> dict[str, object] | None:
+    if len(set(truth.tolist())) < 2:
+        return None
+    fpr, tpr, _ = roc_curve(truth, score)
+    return {"fpr": fpr, "tpr": tpr}

@@ -1,0 +1,105 @@
+"""Uncertainty of test figures. The patient is the unit: images of one patient are not independent."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+DRAWS = 2000
+_Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
+
+Statistic = Callable[[NDArray[np.float64]], float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval; NaN bounds mean that there are too few cases for one. `n`: cases counted."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Distribution over cases with the 95 % interval of the mean; `n`: cases for which the figure is defined."""
+
+    mean: float
+    sd: float
+    median: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+
+def summarise(values: Sequence[float], patients: Sequence[str], *, seed: int = 0) -> Summary:
+    """Mean, sample standard deviation, median and interval over the values that are defined (not NaN)."""
+    array = np.asarray(values, dtype=np.float64)
+    kept = ~np.isnan(array)
+    array, owners = array[kept], [p for p, keep in zip(patients, kept, strict=True) if keep]
+    if not len(array):
+        return Summary(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+    draws = _draw_weights(owners, seed)
+    low, high = _percentiles(draws @ array / draws.sum(axis=1)) if len(draws) else (math.nan, math.nan)
+    deviation = float(array.std(ddof=1)) if len(array) > 1 else math.nan
+    return Summary(float(array.mean()), deviation, float(np.median(array)), low, high, len(array))
+
+
+def bootstrap(statistic: Statistic, patients: Sequence[str], *, seed: int = 0) -> Estimate:
+    """Percentile bootstrap over patients (Efron 1979), 2000 draws.
+
+    Args:
+        statistic: figure of the cases under non-negative weights (n,): how often each case was drawn. A draw for
+            which it raises ValueError (a class is missing from it) or returns NaN is left out.
+        patients: (n,) to whom each case belongs; all cases of a patient are drawn together.
+        seed: of the draws; the same seed gives the same interval.
+    """
+    found = [_tried(statistic, weights) for weights in _draw_weights(patients, seed)]
+    low, high = _percentiles(np.asarray(found)) if found else (math.nan, math.nan)
+    return Estimate(_tried(statistic, np.ones(len(patients))), low, high, len(patients))
+
+
+def proportion(hits: ArrayLike, patients: Sequence[str], *, seed: int = 0) -> Estimate:
+    """Share of hits with its interval: Wilson's where each patient has one case, else bootstrapped over patients."""
+    array = np.asarray(hits, dtype=np.float64)
+    if len(set(patients)) == len(patients):
+        return wilson(int(array.sum()), len(array))
+    return bootstrap(lambda weights: float(weights @ array / weights.sum()), patients, seed=seed)
+
+
+def wilson(hits: int, n: int) -> Estimate:
+    """Score interval of a proportion (Wilson 1927), right for small n and near 0 and 1. NaN throughout for n = 0."""
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    share, z2 = hits / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def _draw_weights(patients: Sequence[str], seed: int) -> NDArray[np.float64]:
+    """(draws, n): how often each case counts in each draw; no draws with fewer than two patients."""
+    _, owner = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    count = int(owner.max()) + 1 if len(owner) else 0
+    if count < 2:
+        return np.empty((0, len(owner)))
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    return drawn[:, owner].astype(np.float64)
+
+
+def _percentiles(found: NDArray[np.float64]) -> tuple[float, float]:
+    defined = found[~np.isnan(found)]
+    if not len(defined):
+        return math.nan, math.nan
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _tried(statistic: Statistic, weights: NDArray[np.float64]) -> float:
+    try:
+        return statistic(weights)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,134 @@
+"""Look inside a network without leaving a trace: activations of a layer, and the layers there are.
+
+Shape legend: B batch, C channels, K classes, D H W the spatial axes in array order (H W for 2D).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medseg.files import UserError
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, weights without gradient, gradients on, autocast off; all as it was before on the way out.
+
+    The mode of every module is restored by itself, so a network of which only a part was in training mode stays so.
+    Gradients that the weights already hold are not touched.
+    """
+    modes = [(module, module.training) for module in net.modules()]
+    flags = [(weight, weight.requires_grad) for weight in net.parameters()]
+    device = next((weight.device.type for weight, _ in flags), "cpu")
+    try:
+        net.eval()
+        for weight, _ in flags:
+            weight.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+
+
+@dataclass
+class Activation:
+    """What a layer put out when the network last ran; `value` is part of the graph, None before the first run."""
+
+    value: Tensor | None = None
+
+
+@contextmanager
+def captured(net: nn.Module, layer: str) -> Iterator[Activation]:
+    """Capture the output of the module called `layer`; its hook is removed whatever happens inside.
+
+    The rest of the network gets a copy, so that an in-place activation behind the layer cannot overwrite what was
+    captured. A module that runs several times is captured at its last run.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    modules = dict(net.named_modules())
+    if layer not in modules:
+        raise UserError(f"explain.layer {layer!r} is no module of the network; {_suggest(layer, modules)}")
+    activation = Activation()
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: object) -> object:
+        if not isinstance(output, Tensor):
+            raise UserError(f"explain.layer {layer!r} puts out no tensor but {type(output).__name__}; choose another.")
+        activation.value = output
+        return output.clone()
+
+    handle = modules[layer].register_forward_hook(keep)
+    try:
+        yield activation
+    finally:
+        handle.remove()
+
+
+def first_output(output: object) -> Tensor:
+    """The logits of a network that puts out one tensor, or several of which the first is the main one."""
+    main = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(main, Tensor):
+        raise UserError(f"the network puts out {type(main).__name__} instead of logits; it cannot be explained.")
+    return main
+
+
+def logits_and_layer(net: nn.Module, x_BCDHW: Tensor, layer: str) -> tuple[Tensor, str]:
+    """Run the network once, without a graph, and find the layer that is meant.
+
+    Args:
+        layer: a module's dotted name, which is returned as it is, or
+            `last`: the last module with spatial output before the head; that is before global pooling in a classifier,
+            before the channels become the classes in a segmentation network.
+            `bottleneck`: the module with the fewest positions, more than one; of several the last.
+
+    Returns:
+        Logits (B, K) or (B, K, *space), and the dotted name.
+
+    Raises:
+        UserError: no module has a spatial output.
+    """
+    if layer not in ("last", "bottleneck"):
+        with torch.no_grad():
+            return first_output(net(x_BCDHW)), layer
+    runs: list[tuple[str, tuple[int, ...]]] = []
+    handles = [module.register_forward_hook(_recorder(name, runs)) for name, module in net.named_modules() if name]
+    try:
+        with torch.no_grad():
+            logits = first_output(net(x_BCDHW))
+    finally:
+        for handle in handles:
+            handle.remove()
+    spatial = [(name, shape) for name, shape in runs if len(shape) == x_BCDHW.ndim and math.prod(shape[2:]) > 1]
+    if logits.ndim == x_BCDHW.ndim:
+        while spatial and spatial[-1][1][1:] == tuple(logits.shape[1:]):
+            spatial.pop()
+    if not spatial:
+        raise UserError(f"explain.layer {layer!r}: no module of the network has a spatial output; name one by hand.")
+    if layer == "last":
+        return logits, spatial[-1][0]
+    smallest = min(math.prod(shape[2:]) for _, shape in spatial)
+    return logits, [name for name, shape in spatial if math.prod(shape[2:]) == smallest][-1]
+
+
+def _recorder(name: str, runs: list[tuple[str, tuple[int, ...]]]) -> Callable[[nn.Module, Any, object], None]:
+    def record(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            runs.append((name, tuple(output.shape)))
+
+    return record
+
+
+def _suggest(layer: str, modules: dict[str, nn.Module]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(layer, [name for name in modules if name], n=3, cutoff=0.4)
+    return f"take 'last', 'bottleneck' or for example {', '.join(near)}." if near else "take 'last' or 'bottleneck'."

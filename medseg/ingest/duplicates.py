@@ -1,0 +1,145 @@
+"""Images that a cohort holds twice: the same pixels, or the same picture after rescaling or recompressing.
+
+The exact hash is that of the values on the canonical grid, whatever the file and its header say. The perceptual hash
+keeps the signs of the lowest cosine coefficients of a small copy (Zauner 2010, "pHash", here with 16 × 16 coefficients
+for radiographs and 7 × 7 × 7 for volumes), so that size, contrast, brightness and compression hardly change it.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.fft import dctn
+
+from medseg.cohort import Case, Finding
+from medseg.volume import Volume, to_canonical
+
+MAX_DIFFERENT_SHARE = 0.10
+"""Share of differing bits up to which two images count as near-duplicates; distinct patients lie above 0.15."""
+
+_SIDE = {2: 64, 3: 28}
+_KEPT = {2: 16, 3: 7}
+_ROWS_AT_ONCE = 256
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells an image again.
+
+    Attributes:
+        exact: SHA-256 over shape and values on the canonical grid.
+        bits: the perceptual hash as hexadecimal digits; empty for images without contrast.
+        percentiles: the value at each 5th percentile, 21 numbers.
+    """
+
+    exact: str
+    bits: str
+    percentiles: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"exact": self.exact, "bits": self.bits, "percentiles": list(self.percentiles)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Fingerprint":
+        """From `to_json`."""
+        return cls(data["exact"], data["bits"], tuple(data["percentiles"]))
+
+
+def fingerprint(image: Volume) -> Fingerprint:
+    """The fingerprint of a (i, j, k) volume or a (row, column) radiograph with finite values."""
+    array = to_canonical(image).array if image.array.ndim == 3 else image.array
+    whole = array.dtype.kind in "iub"
+    values = np.ascontiguousarray(array, dtype="<i4" if whole else "<f4")
+    exact = hashlib.sha256(f"{array.shape}".encode() + values.tobytes()).hexdigest()
+    step = max(1, array.size // 200_000)
+    sampled = array.reshape(-1)[::step].astype(np.float64)
+    percentiles = tuple(float(f"{v:.6g}") for v in np.percentile(sampled, range(0, 101, 5)))
+    return Fingerprint(exact, _perceptual(array), percentiles)
+
+
+def find(cases: Sequence[Case], prints: Mapping[str, Fingerprint]) -> tuple[Case, ...]:
+    """The cases, each with a finding `duplicate` or `near_duplicate` for what it shares with others.
+
+    A duplicate within one patient is `info`; between patients, which may lie in different splits, it is a `warning`.
+
+    Args:
+        prints: fingerprint of the first channel by case id; cases without one are passed over.
+    """
+    known = [case for case in cases if case.case_id in prints]
+    by_exact: dict[str, list[Case]] = defaultdict(list)
+    for case in known:
+        by_exact[prints[case.case_id].exact].append(case)
+    twins = {case.case_id: [c for c in same if c is not case] for same in by_exact.values() for case in same}
+    similar: dict[str, list[tuple[float, Case]]] = defaultdict(list)
+    for one, other, share in _near(known, prints):
+        if other not in twins[one.case_id]:
+            similar[one.case_id].append((share, other))
+            similar[other.case_id].append((share, one))
+    found = []
+    for case in cases:
+        findings = list(case.findings)
+        if same := twins.get(case.case_id):
+            findings.append(_finding("duplicate", case, same, 0.0, 0.0))
+        if near := sorted(similar[case.case_id], key=lambda pair: (pair[0], pair[1].case_id)):
+            others = [other for _, other in near]
+            findings.append(_finding("near_duplicate", case, others, round(near[0][0], 4), MAX_DIFFERENT_SHARE))
+        found.append(replace(case, findings=tuple(findings)))
+    return tuple(found)
+
+
+def _finding(code: str, case: Case, others: Sequence[Case], number: float, threshold: float) -> Finding:
+    foreign = [other for other in others if other.patient_id != case.patient_id]
+    names = ", ".join(other.case_id for other in others[:_SHOWN]) + (" …" if len(others) > _SHOWN else "")
+    what = "The same pixels as" if code == "duplicate" else f"Nearly the same picture ({1 - number:.0%} alike) as"
+    where = " of another patient" if foreign else " of the same patient"
+    if any(case.site and other.site and other.site != case.site for other in foreign):
+        where = " of another patient and site"
+    return Finding(code, "warning" if foreign else "info", f"{what} {names}{where}.", number, threshold)
+
+
+def _near(cases: Sequence[Case], prints: Mapping[str, Fingerprint]) -> Iterator[tuple[Case, Case, float]]:
+    """Pairs within the threshold with the share of bits that differ; every pair is compared, block by block."""
+    groups: dict[int, list[Case]] = defaultdict(list)
+    for case in cases:
+        if bits := prints[case.case_id].bits:
+            groups[len(bits)].append(case)
+    for digits, members in groups.items():
+        raw = b"".join(bytes.fromhex(prints[case.case_id].bits) for case in members)
+        rows = np.frombuffer(raw, dtype=np.uint8).reshape(len(members), -1)
+        words = np.zeros((len(members), -(-rows.shape[1] // 8) * 8), dtype=np.uint8)
+        words[:, : rows.shape[1]] = rows
+        packed = words.view(np.uint64)
+        limit = MAX_DIFFERENT_SHARE * digits * 4
+        for start in range(0, len(members), _ROWS_AT_ONCE):
+            block = packed[start : start + _ROWS_AT_ONCE]
+            different = np.zeros((len(block), len(members) - start), dtype=np.uint16)
+            for column in range(packed.shape[1]):
+                different += np.bitwise_count(block[:, None, column] ^ packed[None, start:, column])
+            for i, j in np.argwhere(different <= limit):
+                if j > i:
+                    yield members[start + i], members[start + j], float(different[i, j]) / (digits * 4)
+
+
+def _perceptual(array: NDArray[Any]) -> str:
+    side, kept = _SIDE[array.ndim], _KEPT[array.ndim]
+    small = array.astype(np.float32)
+    for axis in range(array.ndim):  # each axis goes last to first, and so all return to their places
+        small = np.tensordot(small, _means(array.shape[axis], side), axes=(0, 1))
+    if np.ptp(small) == 0:
+        return ""
+    low = dctn(small.astype(np.float64), norm="ortho")[(slice(kept),) * array.ndim].reshape(-1)[1:]  # without the mean
+    return np.packbits(low > 0).tobytes().hex()
+
+
+def _means(length: int, count: int) -> NDArray[np.float32]:
+    """(count, length): each row averages its share of an axis, pixels on its edges in part."""
+    edges = np.linspace(0, length, count + 1)
+    at = np.arange(length)
+    covered = np.minimum(edges[1:, None], at + 1) - np.maximum(edges[:-1, None], at)
+    return np.asarray(np.clip(covered, 0, None) * (count / length), dtype=np.float32)

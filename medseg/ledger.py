@@ -1,0 +1,93 @@
+"""The ledger: one row per case of a batch job, whatever became of it."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from medseg.files import UserError, read_rows, write_rows
+
+Status = Literal["done", "flagged", "rejected", "failed"]
+USABLE: tuple[Status, ...] = ("done", "flagged")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one case.
+
+    Attributes:
+        case_id: names the case's folder; identifies no patient where the scan was DICOM.
+        status: `done`; `flagged`: done, but look at it; `rejected`: the scan cannot be used; `failed`: an error.
+        reason: why it is not simply done; holds no path.
+        source_kind: dicom, nifti or png; empty when unknown.
+        seconds: reading, network and writing together.
+        input_sha256, output_sha256, bundle_sha256: of the scan, of the mask or the probabilities, of the model.
+    """
+
+    case_id: str
+    status: Status
+    reason: str = ""
+    source_kind: str = ""
+    seconds: float = 0.0
+    input_sha256: str = ""
+    output_sha256: str = ""
+    bundle_sha256: str = ""
+
+    @classmethod
+    def from_result(cls, result: Mapping[str, Any]) -> "Row":
+        """The row that follows from a case's `result.json`."""
+        return cls(
+            **{name: result[name] for name in _COLUMNS if name not in ("seconds", "bundle_sha256")},
+            seconds=round(sum(result["seconds"].values()), 3),
+            bundle_sha256=result["bundle"]["sha256"],
+        )
+
+
+_COLUMNS = tuple(f.name for f in fields(Row))
+
+
+class Ledger:
+    """Collects rows and keeps `ledger.csv` on disk, whole at any moment, at most `every_s` seconds behind."""
+
+    def __init__(self, path: Path, every_s: float = 5.0) -> None:
+        self.path, self._every_s = path, every_s
+        self._rows: dict[str, Row] = {}
+        self._written = time.monotonic()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows, in order of case_id."""
+        return tuple(self._rows[case_id] for case_id in sorted(self._rows))
+
+    def add(self, row: Row) -> None:
+        """Add the row of a case, in place of an earlier one of the same case."""
+        self._rows[row.case_id] = row
+        if time.monotonic() - self._written >= self._every_s:
+            self.write()
+
+    def write(self) -> Path:
+        """Write the table now."""
+        write_rows(self.path, _COLUMNS, (asdict(row) for row in self.rows))
+        self._written = time.monotonic()
+        return self.path
+
+    def counts(self) -> dict[str, int]:
+        """Number of cases by status, every status named."""
+        return count_statuses(self._rows.values())
+
+
+def count_statuses(rows: Iterable[Row]) -> dict[str, int]:
+    """Number of rows by status, every status named."""
+    found = Counter(row.status for row in rows)
+    return {status: found[status] for status in get_args(Status)}
+
+
+def read_ledger(path: Path) -> tuple[Row, ...]:
+    """Read `ledger.csv`. Raises UserError when it is missing or no ledger."""
+    rows = read_rows(path)
+    try:
+        return tuple(Row(**{**row, "seconds": float(row["seconds"])}) for row in rows)  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no ledger ({error}); run `medseg predict` again.") from error

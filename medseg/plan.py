@@ -1,0 +1,61 @@
+"""The plan: what follows from a cohort's fingerprint, as a file that a person can read and edit."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from medseg.files import UserError, plain, write_text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Grid, intensities and batches of one model.
+
+    Attributes:
+        spatial_dims: 2 or 3.
+        spacing_mm: grid of the network for volumes (canonical axis order R, A, S); empty for radiographs.
+        size_px: (rows, columns) to which radiographs are resized; empty for volumes.
+        patch_size: voxels seen by one training step and one inference window.
+        batch_size: items per step.
+        normalise: `zscore` per image, or `ct`: clip to `intensity_low/high`, then subtract and divide by the
+            cohort's foreground mean and standard deviation.
+        intensity_low, intensity_high, intensity_mean, intensity_sd: in the image's unit (HU for CT); only `ct`.
+        memory_gb: measured peak memory of a training step, if probed. step_seconds: likewise.
+        fingerprint: what was measured on the cohort. reasons: why each number is what it is.
+    """
+
+    spatial_dims: Literal[2, 3]
+    patch_size: tuple[int, ...]
+    batch_size: int
+    spacing_mm: tuple[float, ...] = ()
+    size_px: tuple[int, ...] = ()
+    normalise: Literal["zscore", "ct"] = "zscore"
+    intensity_low: float = 0.0
+    intensity_high: float = 0.0
+    intensity_mean: float = 0.0
+    intensity_sd: float = 1.0
+    memory_gb: float | None = None
+    step_seconds: float | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_plan(path: Path, plan: Plan) -> Path:
+    """Write the plan as YAML, atomically."""
+    return write_text(path, yaml.safe_dump(plain(asdict(plan)), sort_keys=False, allow_unicode=True))
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan. Raises UserError naming the file and the field that does not fit."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name in ("patch_size", "spacing_mm", "size_px"):
+            tree[name] = tuple(tree[name])
+        return Plan(**tree)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; run `medseg plan`.") from error
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a plan ({error}); run `medseg plan` again.") from error

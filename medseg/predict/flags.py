@@ -1,0 +1,52 @@
+"""Reasons to look at a result before using it, each with its number and its threshold."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from medseg.cohort import Finding
+from medseg.ingest.scan import Scan
+from medseg.plan import Plan
+from medseg.volume import Volume, closest_axes
+
+MAX_SPACING_RATIO = 3.0
+MAX_BORDER_SHARE = 0.01
+MAX_FILLED_SHARE = 0.95
+
+
+def check_scan(scan: Scan, plan: Plan) -> Iterator[Finding]:
+    """What sets the scan apart from those the model was trained on."""
+    modalities = sorted(plan.fingerprint.get("modalities", {}))
+    if scan.modality and all(modalities) and modalities and scan.modality not in modalities:
+        message = f"The scan is {scan.modality}; the model was trained on {', '.join(modalities)}."
+        yield Finding("other_modality", "warning", message)
+    if not plan.spacing_mm:
+        return
+    first = scan.channels[0]
+    spacing = [first.spacing_mm[axis] for axis in closest_axes(first.affine)[0]]
+    for own, trained in zip(spacing, plan.spacing_mm, strict=True):
+        ratio = max(own / trained, trained / own)
+        if ratio > MAX_SPACING_RATIO:
+            message = f"A spacing of {own:.3g} mm is {ratio:.1f} times off the {trained:.3g} mm of the training data."
+            yield Finding("other_spacing", "warning", message, round(ratio, 3), MAX_SPACING_RATIO)
+            return
+
+
+def check_mask(mask: Volume, labels: Mapping[str, int]) -> Iterator[Finding]:
+    """Nothing found; almost everything found; a structure of a volume that is cut by the field of view."""
+    size = max(labels.values()) + 1
+    counts = np.bincount(mask.array.reshape(-1), minlength=size)
+    filled = 1 - counts[0] / mask.array.size
+    if filled == 0:
+        yield Finding("empty_prediction", "warning", "Nothing was found in the whole scan.", 0, 0)
+    elif filled > MAX_FILLED_SHARE:
+        message = f"{filled:.0%} of the scan is labelled; is it the kind of scan that the model knows?"
+        yield Finding("fills_scan", "warning", message, round(float(filled), 4), MAX_FILLED_SHARE)
+    if mask.array.ndim != 3:
+        return
+    inner = np.bincount(mask.array[1:-1, 1:-1, 1:-1].reshape(-1), minlength=size)
+    for name, value in labels.items():
+        share = (counts[value] - inner[value]) / counts[value] if counts[value] else 0.0
+        if share > MAX_BORDER_SHARE:
+            message = f"{share:.1%} of {name!r} lie on the border of the field of view; it may be cut off."
+            yield Finding("touches_border", "warning", message, round(float(share), 4), MAX_BORDER_SHARE)

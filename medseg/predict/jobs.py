@@ -1,0 +1,141 @@
+"""What is to be predicted: every scan of the sources, or every case of a cohort, as jobs that can be read."""
+
+import hashlib
+import re
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from medseg.bundle import Bundle
+from medseg.cohort import Case, Cohort, Reject
+from medseg.config import IngestConfig
+from medseg.files import sha256_file, sha256_files
+from medseg.images import read_image
+from medseg.ingest import quality
+from medseg.ingest.deidentify import Names
+from medseg.ingest.pseudonyms import load_key, record_places
+from medseg.ingest.scan import Refused, Scan, Source, SourceKind
+from medseg.ingest.sources import discover, read_source
+
+Job_ = TypeVar("Job_")
+Read = TypeVar("Read")
+_PSEUDONYM = re.compile(r"case-[0-9a-z-]+")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan to predict.
+
+    Attributes:
+        files: whose bytes the result follows from.
+        images: the channels' paths when the scan is a case of a cohort, else empty.
+        read: reads the pixels; raises Refused when they are unusable.
+    """
+
+    case_id: str
+    patient_id: str
+    source_kind: str
+    files: tuple[Path, ...]
+    images: tuple[Path, ...]
+    read: Callable[[], Scan]
+
+    def input_sha256(self) -> str:
+        """Hash of the input's bytes. Raises Refused when a file cannot be read."""
+        try:
+            return sha256_file(self.files[0]) if len(self.files) == 1 else sha256_files(self.files)
+        except OSError as error:
+            raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
+
+
+def cohort_jobs(cohort: Cohort, split: str | None) -> list[Job]:
+    """One job per case. Raises UserError when the split has none."""
+    cases = cohort.cases if split is None else cohort.split(split)
+    return [_cohort_job(case, cohort.image_paths(case)) for case in cases]
+
+
+def source_jobs(
+    paths: Sequence[Path], bundle: Bundle, workspace: Path | None, unpack_dir: Path
+) -> tuple[list[Job], list[Reject]]:
+    """One job per scan found, and what cannot be used.
+
+    Args:
+        workspace: holds the key of the pseudonyms that stand for DICOM identifiers; without it ids are plain hashes
+            of UIDs, and patients have no id. Its `pseudonyms.csv`, private, says where each case and reject lies.
+
+    Raises:
+        UserError: a path does not exist, or holds no image at all.
+    """
+    key = load_key(workspace / "pseudonym.key") if workspace is not None else b""
+    config = bundle.config.ingest
+    places: dict[str, Path] = {}
+    sources, rejects = discover(paths, config, key=key, unpack_dir=unpack_dir, places=places)
+    names = Names.choose(config.names, sources, rejects, key)
+    sources, rejects = [names.source(source) for source in sources], [names.reject(reject) for reject in rejects]
+    if workspace is not None:
+        record_places(workspace / "pseudonyms.csv", {**places, **names.places})
+    jobs = [
+        Job(
+            source.case_id,
+            source.patient_id,
+            source.source_kind,
+            source.files,
+            (),
+            partial(read_checked, source, config),
+        )
+        for source in sources
+    ]
+    return jobs, rejects
+
+
+def reject_id(reject: Reject) -> str:
+    """What the ledger calls a rejected source: its case id, or a hash where only a file name, which may name the
+    patient, is known."""
+    if found := _PSEUDONYM.match(reject.source):
+        return found[0]
+    return f"file-{hashlib.sha256(reject.source.encode(errors='surrogateescape')).hexdigest()[:12]}"
+
+
+def read_ahead(jobs: Sequence[Job_], read: Callable[[Job_], Read]) -> Generator[tuple[Job_, Callable[[], Read]]]:
+    """Each job in order with a function that returns what was read or raises what reading raised.
+
+    The next job is read while the caller works on this one; never more than one ahead.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read")
+    try:
+        futures = [pool.submit(read, job) for job in jobs[:1]]
+        for at, job in enumerate(jobs):
+            current = futures.pop()
+            current.exception()  # waits, so that two reads never run or lie ready at once
+            futures += [pool.submit(read, later) for later in jobs[at + 1 : at + 2]]
+            yield job, current.result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_checked(source: Source, config: IngestConfig | None = None) -> Scan:
+    """Read a source; what its pixels show joins its findings. Raises Refused when it is unusable."""
+    scan = read_source(source)
+    return replace(scan, findings=quality.check(scan, config))
+
+
+def _cohort_job(case: Case, images: tuple[Path, ...]) -> Job:
+    absolute = tuple(path.absolute() for path in images)
+    return Job(case.case_id, case.patient_id, case.source_kind, images, absolute, partial(_read_case, case, images))
+
+
+def _read_case(case: Case, images: tuple[Path, ...]) -> Scan:
+    kinds: dict[str, SourceKind] = {"dicom": "dicom", "png": "png"}
+    return Scan(
+        case_id=case.case_id,
+        patient_id=case.patient_id,
+        channels=tuple(read_image(path) for path in images),
+        modality=case.modality,
+        kind=case.kind,
+        source_kind=kinds.get(case.source_kind, "nifti"),
+        source_files=(),  # a cohort keeps no DICOM to refer to
+        source_sha256=case.source_sha256,
+        findings=case.findings,
+    )

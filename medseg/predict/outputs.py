@@ -1,0 +1,158 @@
+"""The folder of one case: what is written into it, in which order, and when it counts as finished.
+
+`result.json` comes last. A folder without it is unfinished, whatever else it holds, and is begun anew.
+"""
+
+import hashlib
+import shutil
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg.bundle import Bundle
+from medseg.cohort import Finding
+from medseg.files import UserError, dump_json, read_json, sha256_file, write_json, write_text
+from medseg.ingest.dicom_derived import read_source_headers, why_not
+from medseg.ingest.scan import Refused, Scan
+from medseg.ledger import Row, Status
+from medseg.predict.export_nifti import write_mask
+from medseg.predict.export_seg import write_seg
+from medseg.predict.export_sr import write_sr
+from medseg.predict.jobs import Job
+from medseg.predict.predictor import Prediction
+from medseg.predict.preview import write_preview
+from medseg.tracking.failure import scrub
+
+_OUTPUTS = ("mask.nii.gz", "mask.png", "mask.dcm", "report.dcm", "preview.png", "failure.txt")
+_MAX_REASON = 500
+
+
+@dataclass(frozen=True)
+class CaseFolder:
+    """Where the results of one case go.
+
+    Attributes:
+        path: `<out>/<case_id>`.
+        input_sha256: of the scan; empty when it cannot be read.
+    """
+
+    path: Path
+    job: Job
+    bundle: Bundle
+    input_sha256: str = ""
+
+    def finished(self) -> Row | None:
+        """The ledger row, if nothing is left to do: same scan, same model, outputs in place, not failed."""
+        file = self.path / "result.json"
+        if not file.is_file():
+            return None
+        try:
+            result = read_json(file)
+            row = Row.from_result(result)
+            outputs = [self.path / name for name in result["outputs"]]
+        except (UserError, KeyError, TypeError, AttributeError):
+            return None  # of another layout, so made anew
+        same = (row.input_sha256, row.bundle_sha256) == (self.input_sha256, self.bundle.sha256)
+        return row if same and row.status != "failed" and all(output.is_file() for output in outputs) else None
+
+    def write(self, scan: Scan, prediction: Prediction, seconds: dict[str, float]) -> Row:
+        """Write mask, DICOM SEG and SR (of a series), preview and, last, the result."""
+        start = time.monotonic()
+        self._clear()
+        flags, outputs = list(prediction.flags), [self.path / "preview.png"]
+        write_preview(outputs[0], scan.channels[0], prediction.mask)
+        digest = hashlib.sha256(dump_json(prediction.probs).encode()).hexdigest()
+        if prediction.mask is not None:
+            outputs.append(write_mask(self.path, prediction.mask))
+            digest = sha256_file(outputs[-1])
+            if scan.source_kind == "dicom" and scan.kind == "volume" and scan.source_files:
+                outputs += self._write_dicom(scan, prediction, flags)
+        first = scan.channels[0]
+        return self._finish(
+            "flagged" if flags else "done",
+            " ".join(flag.message for flag in flags),
+            {**seconds, "write": round(time.monotonic() - start, 3)},
+            volumes_ml=prediction.volumes_ml,
+            probs=prediction.probs,
+            predicted=prediction.predicted or None,
+            flags=flags,
+            output_sha256=digest,
+            outputs=[path.name for path in outputs],
+            spacing_mm=first.spacing_mm,
+            shape=first.array.shape,
+        )
+
+    def write_rejection(self, refused: Refused) -> Row:
+        """Write that the scan cannot be used, and why."""
+        self._clear()
+        flags = [Finding(refused.code, "error", refused.reason)]
+        return self._finish("rejected", self._public(refused.reason), {}, flags=flags)
+
+    def write_failure(self, error: Exception) -> Row:
+        """Write what went wrong; the whole traceback, which may name paths, stays in `failure.txt`."""
+        self._clear()
+        write_text(self.path / "failure.txt", "".join(traceback.format_exception(error)))
+        message = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "out of memory" in message.lower():
+            message = "The scan does not fit into memory; free some, or use a machine with more."
+        elif not isinstance(error, UserError):
+            message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        return self._finish("failed", self._public(message), {}, outputs=["failure.txt"])
+
+    def _write_dicom(self, scan: Scan, prediction: Prediction, flags: list[Finding]) -> list[Path]:
+        """The mask as DICOM SEG and its volumes as SR; what cannot be written becomes a flag."""
+        assert prediction.mask is not None
+        seed = f"{self.input_sha256}/{self.bundle.sha256}"
+        paths, what = [self.path / "mask.dcm", self.path / "report.dcm"], "SEG"
+        try:
+            sources = read_source_headers(scan.source_files)
+            seg = write_seg(paths[0], prediction.mask, sources, self.bundle, seed_uid=seed)
+            what = "SR"
+            write_sr(paths[1], seg, sources, prediction.volumes_ml, self.bundle, seed_uid=seed)
+        except Refused as error:  # the source changed after it was read
+            reason = error.reason
+        except UserError:
+            raise  # the disk
+        except Exception as error:  # headers of the source that no object may refer to; the mask itself is good
+            reason = why_not(error)
+        else:
+            return paths
+        message = f"No DICOM {what} was written ({reason})."
+        flags.append(Finding(f"no_dicom_{what.lower()}", "warning", message))
+        return paths[: what == "SR"]
+
+    def _clear(self) -> None:
+        """Remove what an earlier attempt left; the result goes first, since it vouches for the rest."""
+        for name in ("result.json", *_OUTPUTS):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "explanation", ignore_errors=True)
+        for part in self.path.glob(".part-*"):
+            part.unlink(missing_ok=True)
+
+    def _finish(self, status: Status, reason: str, seconds: dict[str, float], **more: Any) -> Row:
+        result: dict[str, Any] = {
+            "case_id": self.job.case_id,
+            "status": status,
+            "reason": reason,
+            "patient_id": self.job.patient_id,
+            "source_kind": self.job.source_kind,
+            "volumes_ml": {},
+            "probs": {},
+            "predicted": None,
+            "flags": [],
+            "seconds": seconds,
+            "input_sha256": self.input_sha256,
+            "output_sha256": "",
+            "bundle": self.bundle.identity(),
+            "image": self.job.images,
+            "outputs": [],
+            **more,
+        }
+        write_json(self.path / "result.json", result)
+        return Row.from_result(result)
+
+    def _public(self, text: str) -> str:
+        """Without paths, which may name the patient: the ledger goes to MLflow."""
+        return scrub(" ".join(text.split()), self.path.parent)[:_MAX_REASON]

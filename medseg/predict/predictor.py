@@ -1,0 +1,168 @@
+"""A bundle with its network in memory: one scan in, one prediction out. Knows no folders and no ledger."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from medseg.bundle import Bundle, read_weights
+from medseg.cohort import Finding
+from medseg.data.preprocess import Prepared, prepare
+from medseg.files import UserError
+from medseg.ingest.scan import Refused, Scan
+from medseg.ingest.sources import discover
+from medseg.models import build_from_config
+from medseg.predict.flags import check_mask, check_scan
+from medseg.predict.jobs import read_checked
+from medseg.predict.windows import segment_array
+from medseg.volume import Volume, closest_axes, from_canonical
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one scan.
+
+    Attributes:
+        mask: integer labels on the scan's own grid (segmentation), else None.
+        volumes_ml: label name to volume; empty for radiographs and classification.
+        probs: class name to probability (classification).
+        predicted: name of the class that is called; empty for segmentation.
+        flags: reasons to look at the result before using it.
+    """
+
+    mask: Volume | None
+    volumes_ml: Mapping[str, float]
+    probs: Mapping[str, float]
+    predicted: str
+    flags: tuple[Finding, ...]
+
+
+class Predictor:
+    """Predicts with one bundle; the network is loaded once.
+
+    Args:
+        device: by default a GPU where there is one, unless the bundle's config says `cpu`.
+        net: a network to use in place of the bundle's own weights.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device | None = None, net: nn.Module | None = None) -> None:
+        self.bundle = bundle
+        self.device = device or choose_device(bundle)
+        self.net = net.to(self.device).eval() if net is not None else load_network(bundle, self.device)
+
+    def prepare(self, scan: Scan) -> Prepared:
+        """The scan on the network's grid.
+
+        Raises:
+            Refused: it is of another kind, or has other channels, than the model was trained on.
+        """
+        task = self.bundle.config.task
+        if (scan.kind == "radiograph") != (task.spatial_dims == 2):
+            wanted = "radiographs" if task.spatial_dims == 2 else "volumes"
+            raise Refused("wrong_kind", f"It is a {scan.kind}, but the model takes {wanted}.")
+        if len(scan.channels) != len(task.channels):
+            names = ", ".join(task.channels)
+            raise Refused("channels", f"It has {len(scan.channels)} channels, but the model takes: {names}.")
+        return prepare(scan.channels, self.bundle.plan)
+
+    def predict(self, scan: Scan, prepared: Prepared) -> Prediction:
+        """Segment or classify a scan that `prepare` has prepared."""
+        found = (*_warnings(scan), *check_scan(scan, self.bundle.plan))
+        if self.bundle.config.task.kind == "classification":
+            probs = self._classify(prepared)
+            return Prediction(None, {}, probs, called_class(probs, self.bundle.operating_point), found)
+        mask = Volume(self._segment(prepared), scan.channels[0].affine)
+        volumes_ml = measure_volumes(mask, self.bundle.labels) if scan.kind == "volume" else {}
+        return Prediction(mask, volumes_ml, {}, "", (*found, *check_mask(mask, self.bundle.labels)))
+
+    def predict_file(self, path: Path) -> Prediction:
+        """Predict the one scan at `path`. Raises UserError when there is not exactly one usable scan."""
+        sources, rejects = discover([path], self.bundle.config.ingest)
+        if len(sources) != 1:
+            why = rejects[0].reason if rejects and not sources else f"it holds {len(sources)} scans"
+            raise UserError(f"{path}: {why}; give one scan, or use `medseg predict` for many.")
+        try:
+            scan = read_checked(sources[0], self.bundle.config.ingest)
+            return self.predict(scan, self.prepare(scan))
+        except Refused as error:
+            raise UserError(f"{path}: {error.reason}") from error
+
+    def _segment(self, prepared: Prepared) -> NDArray[Any]:
+        plan, config = self.bundle.plan, self.bundle.config.predict
+        native = prepared.native_shape
+        volume = len(native) == 3
+        axes = closest_axes(prepared.native_affine)[0] if volume else range(2)
+        labels = segment_array(
+            self.net,
+            prepared.image,
+            plan.patch_size,
+            config.overlap,
+            out_shape=tuple(native[axis] for axis in axes),
+            window_batch=config.window_batch,
+            mirror_axes=config.mirror_axes,
+        )
+        return from_canonical(labels, prepared.native_affine) if volume else labels
+
+    @torch.inference_mode()
+    def _classify(self, prepared: Prepared) -> dict[str, float]:
+        image = torch.from_numpy(prepared.image)[None].to(self.device)
+        logits = self.net(image)[0].float() / self.bundle.temperature
+        if not torch.isfinite(logits).all():
+            raise ValueError("the network's logits are not finite; its weights or the image are damaged")
+        probs = torch.softmax(logits, 0).tolist()
+        return {name: float(probs[index]) for name, index in self.bundle.labels.items()}
+
+
+def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Module:
+    """The bundle's network with its weights, in evaluation mode.
+
+    Raises:
+        UserError: the weights are damaged or belong to another network.
+    """
+    task = bundle.config.task
+    net = build_from_config(
+        bundle.config.model,
+        spatial_dims=task.spatial_dims,
+        in_channels=len(task.channels),
+        out_channels=task.out_channels,
+    )
+    try:
+        net.load_state_dict(read_weights(bundle))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{bundle.folder}: the weights do not fit model {bundle.config.model.name!r} ({reason})."
+        ) from error
+    return net.to(device or choose_device(bundle)).eval()
+
+
+def choose_device(bundle: Bundle) -> torch.device:
+    """A GPU where there is one, unless the config says `cpu`; a model trained on a GPU still predicts without."""
+    return torch.device("cuda" if bundle.config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def called_class(probs: Mapping[str, float], operating_point: tuple[str, float] | None) -> str:
+    """The class to call: the most probable one, unless an operating point decides about one class.
+
+    At an operating point its class is called when its probability reaches the threshold, else the most probable
+    other one.
+    """
+    if operating_point is None:
+        return max(probs, key=lambda name: probs[name])
+    target, threshold = operating_point
+    if probs[target] >= threshold:
+        return target
+    return max((name for name in probs if name != target), key=lambda name: probs[name])
+
+
+def measure_volumes(mask: Volume, labels: Mapping[str, int]) -> dict[str, float]:
+    """Volume of each label in ml: its voxels times the volume of one."""
+    return {name: float((mask.array == value).sum()) * mask.voxel_ml for name, value in labels.items()}
+
+
+def _warnings(scan: Scan) -> Sequence[Finding]:
+    return [finding for finding in scan.findings if finding.severity != "info"]

@@ -1,0 +1,164 @@
+"""The step `predict`: a bundle and scans in, a folder per case and a ledger out.
+
+Killed at any moment and started again, it goes on where it was: finished cases are kept, failed ones tried again.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from medseg.bundle import Bundle
+from medseg.cohort import Cohort, Reject
+from medseg.data.preprocess import Prepared
+from medseg.files import DiskError, UserError, write_json, write_rows
+from medseg.ingest.scan import Refused, Scan
+from medseg.ledger import USABLE, Ledger, Row
+from medseg.predict.jobs import Job, cohort_jobs, read_ahead, reject_id, source_jobs
+from medseg.predict.outputs import CaseFolder
+from medseg.predict.predictor import Predictor
+from medseg.progress import progress
+from medseg.result import Result
+from medseg.tracking.failure import scrub
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A case whose scan is in memory and prepared."""
+
+    folder: CaseFolder
+    scan: Scan
+    prepared: Prepared
+    seconds: float
+
+
+def run(
+    bundle: Bundle,
+    scans: Sequence[Path] | Cohort,
+    out: Path,
+    *,
+    split: str | None = None,
+    workspace: Path | None = None,
+    predictor: Predictor | None = None,
+) -> Result:
+    """Predict every scan into `out/<case_id>/`; write `ledger.csv`, `summary.json` and `predict.json`.
+
+    One bad case never stops the batch: its row of the ledger says why it was rejected (the scan cannot be used) or
+    failed (an error). Inputs that never became a case are also listed in `rejects.csv`, with their file names.
+
+    Args:
+        scans: files, folders and archives as `ingest` takes them, or a cohort.
+        split: only these cases of the cohort.
+        workspace: holds the key of the pseudonyms for DICOM identifiers; see `source_jobs`.
+        predictor: the bundle's network, when the caller has it in memory already.
+
+    Returns:
+        `partial` when a case was rejected or failed.
+
+    Raises:
+        UserError: no scan at all, the weights do not fit, or `out` cannot be written.
+    """
+    start, out = time.monotonic(), out.absolute()
+    _check_out(out, scans)
+    with tempfile.TemporaryDirectory(prefix="medseg-") as unpack_dir:
+        rejects: list[Reject] = []
+        if isinstance(scans, Cohort):
+            jobs = cohort_jobs(scans, split)
+        else:
+            jobs, rejects = source_jobs(scans, bundle, workspace, Path(unpack_dir))
+        predictor = predictor or Predictor(bundle)
+        ledger = Ledger(out / "ledger.csv")
+        _record_rejects(rejects, ledger, bundle)
+        try:
+            resumed = _predict_all(jobs, predictor, ledger, out)
+        finally:
+            ledger.write()
+    return _summarise(ledger, bundle, out, resumed, time.monotonic() - start)
+
+
+def _predict_all(jobs: Sequence[Job], predictor: Predictor, ledger: Ledger, out: Path) -> int:
+    """Work through the jobs; returns how many were finished before."""
+    resumed = 0
+    read = partial(_read, predictor=predictor, out=out)
+    with progress("Predicting", len(jobs)) as shown, closing(read_ahead(jobs, read)) as ahead:
+        for job, get in ahead:
+            row: Row
+            try:
+                found = get()
+                if isinstance(found, Row):
+                    row, resumed = found, resumed + 1
+                else:
+                    row = _predict(found, predictor)
+            except DiskError:
+                raise  # it would fail every case that follows
+            except Refused as refused:
+                row = _folder(job, predictor, out).write_rejection(refused)
+            except Exception as error:  # one bad case never stops the batch; the cause is kept beside it
+                row = _folder(job, predictor, out).write_failure(error)
+            ledger.add(row)
+            shown.advance(text=f"{row.case_id} {row.status}")
+    return resumed
+
+
+def _folder(job: Job, predictor: Predictor, out: Path) -> CaseFolder:
+    try:
+        digest = job.input_sha256()
+    except Refused:
+        digest = ""
+    return CaseFolder(out / job.case_id, job, predictor.bundle, digest)
+
+
+def _read(job: Job, predictor: Predictor, out: Path) -> _Ready | Row:
+    """Read and prepare one case, unless it is finished. Runs beside the network."""
+    start = time.monotonic()
+    folder = CaseFolder(out / job.case_id, job, predictor.bundle, job.input_sha256())
+    if (row := folder.finished()) is not None:
+        return row
+    scan = job.read()
+    return _Ready(folder, scan, predictor.prepare(scan), time.monotonic() - start)
+
+
+def _predict(ready: _Ready, predictor: Predictor) -> Row:
+    start = time.monotonic()
+    prediction = predictor.predict(ready.scan, ready.prepared)
+    seconds = {"read": round(ready.seconds, 3), "network": round(time.monotonic() - start, 3)}
+    return ready.folder.write(ready.scan, prediction, seconds)
+
+
+def _record_rejects(rejects: Sequence[Reject], ledger: Ledger, bundle: Bundle) -> None:
+    rows = []
+    for reject in rejects:
+        case_id = reject_id(reject)
+        rows.append({"case_id": case_id, **asdict(reject)})
+        reason = scrub(reject.reason.replace(reject.source, "<file>"), ledger.path.parent)
+        ledger.add(Row(case_id, "rejected", reason, bundle_sha256=bundle.sha256))
+    write_rows(ledger.path.with_name("rejects.csv"), ["case_id", "source", "code", "reason"], rows)
+
+
+def _summarise(ledger: Ledger, bundle: Bundle, out: Path, resumed: int, seconds: float) -> Result:
+    counts = ledger.counts()
+    figures: dict[str, object] = {"cases": len(ledger.rows), **counts, "resumed": resumed, "seconds": round(seconds, 1)}
+    status = "done" if sum(counts[name] for name in USABLE) == len(ledger.rows) else "partial"
+    model = {**bundle.identity(), "simulated": bundle.config.ingest.simulated}
+    summary = write_json(out / "summary.json", {"status": status, **figures, "bundle": model})
+    paths = {"out": out, "ledger": ledger.path, "summary": summary}
+    if counts["rejected"]:
+        paths["rejects"] = out / "rejects.csv"
+    return Result("predict", "done" if status == "done" else "partial", paths, figures).write(out)
+
+
+def _check_out(out: Path, scans: Sequence[Path] | Cohort) -> None:
+    """Never write among what is being read: the masks would be the next run's scans."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--out {out} cannot be made ({reason}); name a folder you may write to.") from error
+    for part in out.glob(".part-*"):  # of a killed job
+        part.unlink(missing_ok=True)
+    for source in () if isinstance(scans, Cohort) else scans:
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"--out {out} lies inside the scans {source}; choose a folder outside them.")

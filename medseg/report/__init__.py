@@ -1,0 +1,1 @@
+"""Report: pages that a person reviews, made from JSON, CSV and images on disk only."""

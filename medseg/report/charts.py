@@ -1,0 +1,137 @@
+"""Charts as SVG: training curves, ROC, distributions. The same figures always give the same bytes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from medseg.report.page import Picture, data_uri
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+_STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8a85",
+    "axes.labelcolor": "#3a3a37",
+    "axes.grid": True,
+    "grid.color": "#e6e5e0",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "xtick.color": "#5a5a55",
+    "ytick.color": "#5a5a55",
+    "legend.frameon": False,
+    "svg.hashsalt": "medseg",
+}
+_PANEL_IN = (3.55, 2.55)
+_PX_PER_IN = 96
+
+Draw = Callable[["Axes"], None]
+
+
+def training_curves(history: Sequence[Mapping[str, float]]) -> Picture:
+    """Losses, validation scores and learning rate over epochs; rows lack what was not measured in their epoch."""
+    scores = [
+        name
+        for name in dict.fromkeys(key for row in history for key in row)
+        if name.startswith("val_") and name not in ("val_loss", "val_score")
+    ]
+    if not scores and any("val_score" in row for row in history):
+        scores = ["val_score"]
+    panels: list[Draw] = [lambda axes: _lines(axes, history, ("train_loss", "val_loss"), "Loss")]
+    if scores:
+        panels.append(lambda axes: _lines(axes, history, scores, "Score on the validation split", highest=1.0))
+    panels.append(lambda axes: _lines(axes, history, ("learning_rate",), "Learning rate"))
+    last = history[-1]
+    alt = f"Training curves over {len(history)} epochs; the last training loss is {last.get('train_loss', 0):.3g}."
+    return _chart(panels, alt)
+
+
+def roc_chart(fpr: Sequence[float], tpr: Sequence[float], auc: float | None) -> Picture:
+    """The ROC curve. `fpr`, `tpr`: shares from 0 to 1."""
+
+    def draw(axes: "Axes") -> None:
+        axes.plot([0, 1], [0, 1], color="#b9b8b2", linewidth=1, linestyle=(0, (3, 3)))
+        axes.plot(fpr, tpr, color=SERIES[0], linewidth=1.8, drawstyle="steps-post")
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 − specificity", ylabel="Sensitivity", aspect="equal")
+
+    told = f" with area {auc:.3f}" if auc is not None else ""
+    return _chart([draw], f"ROC curve{told}.", (3.3, 3.2))
+
+
+def histograms(columns: Mapping[str, Mapping[str, Sequence[float]]], alt: str) -> Picture:
+    """One panel per entry of `columns` (named with its unit), one outline per series in it."""
+    return _chart([_histogram(title, series) for title, series in columns.items()], alt)
+
+
+def intensity_chart(curves: Mapping[str, Sequence[float]], percents: Sequence[float]) -> Picture:
+    """Sorted intensities of each sampled case: one line per case, grey value over percentile."""
+
+    def draw(axes: "Axes") -> None:
+        for values in curves.values():
+            axes.plot(percents, values, color=SERIES[0], linewidth=0.9, alpha=0.45)
+        axes.set(xlabel="Percentile of the image's values", ylabel="Value", xlim=(0, 100))
+
+    return _chart([draw], f"Intensity percentiles of {len(curves)} images.", (4.6, 2.7))
+
+
+def _lines(
+    axes: "Axes", history: Sequence[Mapping[str, float]], names: Sequence[str], title: str, highest: float | None = None
+) -> None:
+    colours = dict(zip(("train_loss", "val_loss"), SERIES, strict=False))
+    for number, name in enumerate(names):
+        points = [(row["epoch"], row[name]) for row in history if name in row]
+        if not points:
+            continue
+        label = name.removeprefix("val_dice_").removeprefix("val_") if len(names) > 2 or title != "Loss" else name
+        label = {"train_loss": "training", "val_loss": "validation", "auc": "AUC"}.get(label, label)
+        axes.plot(
+            *zip(*points, strict=True), color=colours.get(name, SERIES[number % len(SERIES)]), linewidth=1.5,
+            marker="o" if len(points) < 40 else None, markersize=2.6, label=label,
+        )  # fmt: skip
+    axes.set(title=title, xlabel="Epoch")
+    axes.title.set_fontsize(9)
+    if highest is not None:
+        axes.set_ylim(top=max(highest, axes.get_ylim()[1]) if axes.get_ylim()[1] > highest else highest)
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=7.5, loc="best")
+    axes.margins(x=0.02)
+
+
+def _histogram(title: str, series: Mapping[str, Sequence[float]]) -> Draw:
+    from matplotlib.ticker import MaxNLocator
+
+    def draw(axes: "Axes") -> None:
+        values = [value for numbers in series.values() for value in numbers]
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        room = (high - low) * 0.05 or max(abs(high) * 0.1, 0.5)
+        for number, (name, numbers) in enumerate(series.items()):
+            colour = SERIES[number % len(SERIES)]
+            axes.hist(
+                list(numbers), bins=24, range=(low - room, high + room), histtype="stepfilled", linewidth=1.4,
+                label=name, facecolor=f"{colour}26", edgecolor=colour,
+            )  # fmt: skip
+        axes.set(title=title, ylabel="Cases")
+        axes.title.set_fontsize(9)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(series) > 1:
+            axes.legend(fontsize=7.5)
+
+    return draw
+
+
+def _chart(panels: Sequence[Draw], alt: str, panel_in: tuple[float, float] = _PANEL_IN) -> Picture:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(panel_in[0] * len(panels), panel_in[1]), layout="constrained")
+        for number, draw in enumerate(panels):
+            draw(figure.add_subplot(1, len(panels), number + 1))
+        buffer = BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    width_px = round(panel_in[0] * len(panels) * _PX_PER_IN)
+    return Picture(data_uri(buffer.getvalue(), "image/svg+xml"), alt, width_px)

@@ -1,0 +1,312 @@
+"""The road: each verb as one function, called alike by the command line and by the Prefect flows.
+
+A function here resolves names (configs, runs, models), opens the run in MLflow and calls the steps; it computes
+nothing itself. Heavy rooms are imported where they are used, so that a verb loads only what it needs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medseg.config import Config, dump_config, load_config
+from medseg.files import UserError
+from medseg.result import Result
+from medseg.runs import RunFolder, create_run, find_run
+
+if TYPE_CHECKING:
+    from medseg.bundle import Bundle
+    from medseg.cohort import Cohort
+    from medseg.plan import Plan
+    from medseg.tracking import Tracker
+
+_FLAT_TYPES = (int, float)
+
+
+def load(config: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration meant by a path or a name, with overrides."""
+    return load_config(config, overrides)
+
+
+def ingest(
+    sources: Sequence[str],
+    cohort_dir: Path,
+    labels: Path | None,
+    config: str | None,
+    overrides: Sequence[str],
+    workspace: Path,
+) -> Result:
+    """Scans into a cohort, and its page. Without a config the task is guessed from the scans and their labels."""
+    from medseg.ingest import step
+    from medseg.ingest.guess import draft_config
+    from medseg.ingest.pseudonyms import load_key
+    from medseg.report import step as report_step
+
+    settings = load_config(config, overrides) if config else draft_config(overrides)
+    key = load_key(workspace / "pseudonym.key")
+    lookup = workspace / "pseudonyms.csv"
+    with _at_hand(sources, workspace) as scans:
+        result = step.run(settings, scans, cohort_dir, labels=labels, key=key, lookup=lookup)
+    page = report_step.run(settings.report, cohort_dir)
+    return Result("ingest", result.status, {**result.paths, **page.paths}, result.figures)
+
+
+def plan(config: Config, cohort_dir: Path) -> Result:
+    """Plan into `<cohort>/plans/<config name>/plan.yaml`, where `train` finds it, edited or not."""
+    from medseg.cohort import read_cohort
+    from medseg.train import planning
+
+    cohort = read_cohort(cohort_dir)
+    return planning.run(config, cohort, _plan_folder(config, cohort))
+
+
+def train(
+    config: Config,
+    cohort_dir: Path,
+    workspace: Path,
+    *,
+    resume: str | None = None,
+    run_id: str | None = None,
+    tags: dict[str, str] | None = None,
+) -> Result:
+    """Train one network as one run; register its bundle.
+
+    Args:
+        resume: id of the run to go on with.
+        run_id: identity given from outside (a flow run), for a new run.
+        tags: more tags for the run in MLflow.
+
+    Raises:
+        UserError: the config to resume with differs from the run's.
+    """
+    from medseg.cohort import read_cohort
+    from medseg.tracking import track
+    from medseg.train import step
+
+    cohort = read_cohort(cohort_dir)
+    if resume:
+        folder = find_run(workspace, resume)
+        _same_config(config, folder)
+    else:
+        step.check_cohort(config, cohort)
+        facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256}
+        folder = create_run(workspace, config.name, run_id, **facts)
+    chosen = _read_plan(config, cohort, folder)
+    with track(folder, config.tracking, tags={"medseg.step": "train", **(tags or {})}, resume=bool(resume)) as tracker:
+        if not resume:
+            tracker.log_params(config.model_dump(mode="json"))
+            tracker.log_cohort(cohort, "train")
+        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        tracker.log_artifact(result.paths["history"])
+        tracker.log_bundle(result.paths["bundle"], config.tracking.register_as)
+    return result
+
+
+def evaluate(
+    model: str, cohort_dir: Path, workspace: Path, *, split: str = "test", lesions: Path | None = None
+) -> Result:
+    """Predict a labelled split, compare with its labels, explain some cases, write the report; all in the run that
+    trained the model, where that run is at hand, else in a new one.
+
+    Args:
+        lesions: folder of `<case_id>.png` masks: the share of each activation map inside them is reported.
+    """
+    from medseg.cohort import read_cohort
+    from medseg.evaluate import step
+    from medseg.report import step as report_step
+    from medseg.tracking import track
+
+    bundle, cohort = _bundle(model, workspace), read_cohort(cohort_dir)
+    cohort.split(split)
+    config = bundle.config
+    folder, known = _run_of(bundle, workspace)
+    out = folder.path / "evaluation" / split
+    with track(folder, config.tracking, tags={"medseg.evaluated": split}, resume=known) as tracker:
+        tracker.log_cohort(cohort, split)
+        predicted = _predict(bundle, cohort, out / "predictions", workspace, split)
+        facts = {**bundle.identity(), "operating_point": bundle.facts["operating_point"]}
+        result = step.run(
+            cohort,
+            out / "predictions",
+            out,
+            split=split,
+            bundle_facts=facts,
+            labels=config.task.labels,
+            kind=config.task.kind,
+            lesions=lesions,
+        )
+        page = report_step.run(config.report, folder.path)
+        _log_evaluation(tracker, result, page, out, split)
+    partial = "partial" in (predicted.status, result.status)
+    paths = {**result.paths, "report": page.paths["report"], "run": folder.path}
+    return Result("evaluate", "partial" if partial else "done", paths, result.figures, folder.id)
+
+
+def predict(
+    model: str,
+    scans: Sequence[str],
+    out: Path,
+    workspace: Path,
+    *,
+    run_id: str | None = None,
+    tags: dict[str, str] | None = None,
+) -> Result:
+    """Segment or classify scans into `out`, explain, and keep the batch as a run. Run again, it goes on."""
+    from medseg.cohort import read_cohort
+    from medseg.tracking import track
+
+    bundle = _bundle(model, workspace)
+    config = bundle.config
+    with _at_hand(scans, workspace) as paths:
+        is_cohort = len(paths) == 1 and (paths[0] / "cohort.json").is_file()
+        given: Cohort | list[Path] = read_cohort(paths[0]) if is_cohort else paths
+        folder, again = _batch_run(bundle, workspace, run_id)
+        with track(folder, config.tracking, tags={"medseg.step": "predict", **(tags or {})}, resume=again) as tracker:
+            result = _predict(bundle, given, out, workspace)
+            tracker.log_metrics(_numbers(result), step=0)
+            for name in ("ledger", "summary"):
+                tracker.log_artifact(result.paths[name])
+    return Result("predict", result.status, {**result.paths, "run": folder.path}, result.figures, folder.id)
+
+
+def store(out: Path, url: str) -> Result:
+    """Store the DICOM results of a prediction folder beside their scans in a PACS; again, it sends what is missing."""
+    from medseg.ingest import pacs
+    from medseg.ingest.pacs_http import parse_server
+
+    with pacs.Pacs(parse_server(url)[0]) as server:
+        sent = [server.store(file) for file in pacs.results_of(out)]
+    return Result("store", "done", {"out": out}, {"stored": sum(sent), "present": len(sent) - sum(sent)})
+
+
+def report(target: str, workspace: Path) -> Result:
+    """The pages of a run (by folder or id), a prediction folder or a cohort."""
+    from medseg.config import ReportConfig
+    from medseg.report import step
+
+    folder = Path(target)
+    if not folder.is_dir():
+        folder = find_run(workspace, target).path
+    settings = ReportConfig()
+    if (folder / "config.yaml").is_file():
+        settings = load_config(folder / "config.yaml").report
+    return step.run(settings, folder)
+
+
+def _bundle(model: str, workspace: Path) -> "Bundle":
+    from medseg.bundle import load_bundle
+
+    return load_bundle(model, workspace)
+
+
+def _predict(
+    bundle: "Bundle", scans: "Cohort | Sequence[Path]", out: Path, workspace: Path, split: str | None = None
+) -> Result:
+    """Masks, then activation maps, with the network loaded once; `partial` when either lacks a case."""
+    from medseg.explain import step as explain_step
+    from medseg.predict import Predictor
+    from medseg.predict import step as predict_step
+
+    predictor = Predictor(bundle)
+    result = predict_step.run(bundle, scans, out, split=split, workspace=workspace, predictor=predictor)
+    settings = bundle.config.explain
+    if not settings.max_cases:
+        return result
+    maps = explain_step.run(
+        settings,
+        predictor.net,
+        bundle.plan,
+        bundle.labels,
+        scans,
+        split,
+        predictions=out,
+        ingest=bundle.config.ingest,
+    )
+    partial = "partial" in (result.status, maps.status)
+    return replace(result, status="partial" if partial else "done", paths={**result.paths, **maps.paths})
+
+
+def _plan_folder(config: Config, cohort: "Cohort") -> Path:
+    return cohort.folder / "plans" / config.name
+
+
+def _read_plan(config: Config, cohort: "Cohort", folder: RunFolder) -> "Plan":
+    """The run's own plan, else the cohort's plan for this config if it still fits, else a new one."""
+    from medseg.plan import read_plan
+    from medseg.train.planning import make_plan, plan_key
+
+    if (folder.path / "plan.yaml").is_file():
+        return read_plan(folder.path / "plan.yaml")
+    made = _plan_folder(config, cohort) / "plan.yaml"
+    if made.is_file():
+        found = read_plan(made)
+        if found.fingerprint.get("key") == plan_key(config, cohort):
+            return found
+    return make_plan(config, cohort)
+
+
+def _same_config(config: Config, folder: RunFolder) -> None:
+    if not (folder.path / "config.yaml").is_file():
+        raise UserError(f"--resume {folder.id}: the run ended before it wrote a config; start a new run.")
+    theirs = load_config(folder.path / "config.yaml")
+    if dump_config(theirs) == dump_config(config):
+        return
+    mine, old = config.model_dump(), theirs.model_dump()
+    field = next(name for name in mine if mine[name] != old[name])
+    raise UserError(
+        f"--resume {folder.id}: field {field!r} of the config differs from the run's; "
+        f"resume with {folder.path / 'config.yaml'}, or start a new run."
+    )
+
+
+def _run_of(bundle: "Bundle", workspace: Path) -> tuple[RunFolder, bool]:
+    """The run that trained the bundle, and True; a new run, and False, when it is not in this workspace."""
+    try:
+        return find_run(workspace, bundle.run_id), True
+    except UserError:
+        facts = {"step": "evaluate", "seed": bundle.config.seed, "bundle_sha256": bundle.sha256}
+        return create_run(workspace, f"evaluate-{bundle.config.name}", None, **facts), False
+
+
+def _batch_run(bundle: "Bundle", workspace: Path, run_id: str | None) -> tuple[RunFolder, bool]:
+    """A new run for a batch, and False; where `run_id` names a batch that was stopped, its run, and True."""
+    if run_id and (workspace / "runs" / run_id / "run.json").is_file():
+        return find_run(workspace, run_id), True
+    facts = {"step": "predict", "seed": bundle.config.seed, "bundle_sha256": bundle.sha256}
+    return create_run(workspace, f"predict-{bundle.config.name}", run_id, **facts), False
+
+
+def _log_evaluation(tracker: "Tracker", result: Result, page: Result, out: Path, split: str) -> None:
+    tracker.log_metrics({f"{split}_{name}": value for name, value in _numbers(result).items()}, step=0)
+    for name in ("metrics.json", "cases.csv"):
+        tracker.log_artifact(out / name, f"evaluation/{split}")
+    for overlay in sorted((out / "overlays").glob("*.png")):
+        tracker.log_artifact(overlay, f"evaluation/{split}/overlays")
+    tracker.log_artifact(page.paths["report"], "report")
+
+
+def _numbers(result: Result) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in result.figures.items()
+        if isinstance(value, _FLAT_TYPES) and not isinstance(value, bool)
+    }
+
+
+@contextmanager
+def _at_hand(sources: Sequence[str], workspace: Path) -> Iterator[list[Path]]:
+    """The sources as paths. What an address asks for is fetched first, and removed once it has been used."""
+    from medseg.ingest import pacs
+    from medseg.ingest.pseudonyms import load_key
+
+    asked = [source for source in sources if pacs.is_address(source)]
+    paths = {source: Path(source) for source in sources if source not in asked}
+    for path in paths.values():
+        if not path.exists() and "://" not in str(path):
+            raise UserError(f"{path} does not exist; check the path of the scans.")
+    for url in asked:
+        paths[url] = pacs.fetch(url, workspace / "spool", load_key(workspace / "pseudonym.key"))
+    yield [paths[source] for source in sources]
+    for url in asked:  # not after an error: what has come is kept for the next attempt
+        pacs.remove_spool(paths[url])

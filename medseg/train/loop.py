@@ -1,0 +1,203 @@
+"""The training loop. It reads as prose; what it needs is built in `medseg.train.step`."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medseg.config import TrainConfig
+from medseg.data.batches import BatchSource
+from medseg.files import UserError
+from medseg.progress import progress
+from medseg.train.checkpoints import load_checkpoint, save_checkpoint
+from medseg.train.device import peak_memory_gb
+from medseg.train.schedule import learning_rate
+
+Validate = Callable[[nn.Module], dict[str, float]]
+OnEpoch = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class Training:
+    """Everything that changes while training; a checkpoint holds all of it.
+
+    Attributes:
+        net: trained by gradient. average: exponential moving average of its weights; validated and saved.
+        step: finished steps. history: one row an epoch. sums: loss and waiting of the unfinished epoch.
+    """
+
+    net: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    best_score: float = -math.inf
+    best_state: dict[str, Tensor] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "wait_s": 0.0, "seconds": 0.0})
+
+    def state(self) -> dict[str, Any]:
+        """The whole state as tensors and plain values."""
+        return {
+            "net": self.net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best_score": self.best_score,
+            "best_state": self.best_state,
+            "history": self.history,
+            "sums": self.sums,
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up where `state` was."""
+        self.net.load_state_dict(state["net"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best_score, self.best_state = state["step"], state["best_score"], state["best_state"]
+        self.history, self.sums = state["history"], state["sums"]
+        torch.set_rng_state(state["torch_rng"])
+
+
+def start_training(net: nn.Module, config: TrainConfig) -> Training:
+    """A fresh state: optimiser and moving average for `net`."""
+    parameters = net.parameters()
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters, config.learning_rate, momentum=0.99, nesterov=True, weight_decay=config.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    average = copy.deepcopy(net).requires_grad_(False)
+    return Training(net, average, optimizer)
+
+
+def train_loop(
+    training: Training,
+    source: BatchSource,
+    loss: nn.Module,
+    config: TrainConfig,
+    *,
+    folder: Path,
+    device: torch.device,
+    bf16: bool,
+    validate: Validate | None,
+    on_epoch: OnEpoch,
+    stop: Callable[[], bool],
+) -> None:
+    """Train to the end, or until `stop()` says so between two steps; the state is on the disk either way.
+
+    Args:
+        folder: where checkpoints go: by wall clock, at the end of an epoch with validation, and on a stop.
+        validate: scores the averaged network; None when there is no validation split.
+        on_epoch: is told the figures of each finished epoch.
+
+    Raises:
+        UserError: the loss is not finite.
+        KeyboardInterrupt: after the state was saved, when stopped.
+    """
+    steps_per_epoch = config.steps_per_epoch or source.steps_per_pass
+    total = config.epochs * steps_per_epoch
+    saved_at = time.monotonic()
+    stream = source.stream(training.step, total)
+    with progress("Training", total) as shown:
+        shown.advance(training.step)
+        while training.step < total:
+            started = time.perf_counter()
+            batch = next(stream)
+            waited = time.perf_counter() - started
+            value = _train_step(training, batch.image, batch.target, loss, config, total, device, bf16)
+            training.sums["loss"] += value
+            training.sums["wait_s"] += waited
+            training.sums["seconds"] += time.perf_counter() - started
+            training.step += 1
+            shown.advance(text=f"loss {value:.3f}")
+            if training.step % steps_per_epoch == 0:
+                figures = _end_epoch(training, config, steps_per_epoch, total, device, validate)
+                on_epoch(figures)
+            if stop():
+                save_checkpoint(folder, training.state())
+                raise KeyboardInterrupt("stopped between two steps; the state is saved")
+            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes or training.step == total:
+                save_checkpoint(folder, training.state())
+                saved_at = time.monotonic()
+
+
+def resume_training(training: Training, folder: Path) -> None:
+    """Restore the newest readable checkpoint of `folder`. Raises UserError when there is none."""
+    training.restore(load_checkpoint(folder))
+
+
+def _train_step(
+    training: Training,
+    image: Tensor,
+    target: Tensor,
+    loss: nn.Module,
+    config: TrainConfig,
+    total: int,
+    device: torch.device,
+    bf16: bool,
+) -> float:
+    training.net.train()
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate(config, training.step, total)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = training.net(image.to(device, non_blocking=True))
+        value: Tensor = loss(logits, target.to(device, non_blocking=True))
+    if not torch.isfinite(value):
+        raise UserError(
+            f"train.learning_rate {config.learning_rate}: the loss is {value.item()} at step {training.step}; "
+            "lower it, or look for damaged images in the cohort's findings."
+        )
+    training.optimizer.zero_grad(set_to_none=True)
+    value.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
+    training.optimizer.step()
+    _average(training, config.ema_decay)
+    return float(value.detach())
+
+
+@torch.no_grad()
+def _average(training: Training, decay: float) -> None:
+    """Move the averaged weights; early on the average forgets faster, so that it never lags behind the start."""
+    decay = min(decay, (1 + training.step) / (10 + training.step))
+    mine, theirs = training.average.state_dict(), training.net.state_dict()
+    floats = [name for name, value in mine.items() if value.is_floating_point()]
+    torch._foreach_lerp_([mine[n] for n in floats], [theirs[n] for n in floats], 1 - decay)
+    for name in mine.keys() - set(floats):
+        mine[name].copy_(theirs[name])
+
+
+def _end_epoch(
+    training: Training,
+    config: TrainConfig,
+    steps: int,
+    total: int,
+    device: torch.device,
+    validate: Validate | None,
+) -> dict[str, float]:
+    epoch = training.step // steps
+    figures = {
+        "epoch": float(epoch),
+        "step": float(training.step),
+        "seconds": training.sums["seconds"],
+        "train_loss": training.sums["loss"] / steps,
+        "learning_rate": learning_rate(config, training.step - 1, total),
+        "data_wait_share": training.sums["wait_s"] / max(training.sums["seconds"], 1e-9),
+        "peak_memory_gb": peak_memory_gb(device),
+    }
+    if validate is not None and (epoch % config.validate_every == 0 or training.step == total):
+        figures |= validate(training.average)
+        if config.select == "best" and figures["val_score"] > training.best_score:
+            training.best_score = figures["val_score"]
+            training.best_state = copy.deepcopy(training.average.state_dict())
+    training.history.append(figures)
+    training.sums = {"loss": 0.0, "wait_s": 0.0, "seconds": 0.0}
+    return figures

@@ -1,0 +1,219 @@
+"""The step `train`: cohort and plan in, bundle out."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medseg.bundle import save_bundle
+from medseg.cohort import Case, Cohort
+from medseg.config import Config, TaskConfig, dump_config
+from medseg.data.batches import BatchSource
+from medseg.data.cache import Example, load_examples
+from medseg.files import UserError, read_json, write_rows, write_text
+from medseg.losses import build_loss
+from medseg.models import build_from_config
+from medseg.plan import Plan, write_plan
+from medseg.result import Result
+from medseg.runs import RunFolder
+from medseg.tracking import Tracker
+from medseg.train.device import choose_device, use_bf16
+from medseg.train.loop import Training, resume_training, start_training, train_loop
+from medseg.train.validate import validate
+
+
+def run(
+    config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, tracker: Tracker, *, resume: bool = False
+) -> Result:
+    """Train on the cohort's train split, watch the val split, write `runs/<id>/bundle`.
+
+    Args:
+        folder: the run's folder; checkpoints and the history go there.
+        tracker: the run in MLflow.
+        resume: go on from the newest checkpoint.
+
+    Raises:
+        UserError: a split is empty, a class is missing from it, there is nothing to resume.
+        KeyboardInterrupt: stopped by the user; the state is saved.
+    """
+    check_cohort(config, cohort)
+    device = choose_device(config.device)
+    bf16 = use_bf16(config.train.precision, device)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    write_text(folder.path / "config.yaml", dump_config(config))
+    write_plan(folder.path / "plan.yaml", plan)
+    tracker.log_artifact(folder.path / "config.yaml")
+    tracker.log_artifact(folder.path / "plan.yaml")
+
+    cache = folder.workspace / "cache"
+    train_examples = load_examples(cohort, cohort.split("train"), plan, cache, what="training cases")
+    has_val = any(case.split == "val" for case in cohort.cases)
+    val_examples = load_examples(cohort, cohort.split("val"), plan, cache, what="validation cases") if has_val else []
+    source = BatchSource(
+        train_examples,
+        plan.patch_size,
+        plan.batch_size,
+        config.augment,
+        foreground_share=config.train.foreground_share,
+        seed=config.seed,
+    )
+    loss = build_loss(config.loss, _class_counts(config, train_examples)).to(device)
+    training = start_training(_network(config).to(device), config.train)
+    if resume:
+        resume_training(training, folder.path / "checkpoints")
+    labels = config.task.labels
+    with _stop_between_steps() as stop:
+        train_loop(
+            training,
+            source,
+            loss,
+            config.train,
+            folder=folder.path / "checkpoints",
+            device=device,
+            bf16=bf16,
+            validate=(
+                partial(_validate, loss=loss, examples=val_examples, plan=plan, labels=labels, device=device, bf16=bf16)
+                if val_examples
+                else None
+            ),
+            on_epoch=partial(_log_epoch, training, folder.path / "history.csv", tracker),
+            stop=stop,
+        )
+    return _finish(config, cohort, plan, folder, training)
+
+
+def check_cohort(config: Config, cohort: Cohort) -> None:
+    """The cohort fits the task: channels, label names, and every class in the training split.
+
+    Raises:
+        UserError: naming the field or the split that does not fit.
+    """
+    task = config.task
+    where = cohort.folder / "cohort.json"
+    if tuple(cohort.channels) != task.channels:
+        raise UserError(f"task.channels {list(task.channels)} differ from {where}'s {list(cohort.channels)}.")
+    if not _labels_fit(task, cohort):
+        raise UserError(f"task.labels {task.labels} differ from {where}'s {dict(cohort.label_names)}; ingest it again.")
+    for split in ("train", "val"):
+        cases = [case for case in cohort.cases if case.split == split]
+        if split == "train" and not cases:
+            cohort.split("train")
+        bare = [case.case_id for case in cases if not (case.label if task.kind == "segmentation" else case.target)]
+        if bare:
+            raise UserError(
+                f"{cohort.folder / 'cohort.csv'}: case {bare[0]!r} of split {split!r} has no label "
+                f"({len(bare)} such); ingest with --labels."
+            )
+        if task.kind == "classification" and cases:
+            _check_classes(cohort.folder, split, cases, task.labels)
+
+
+def _labels_fit(task: TaskConfig, cohort: Cohort) -> bool:
+    """Names and values agree; where ingest guessed the names of a label map's values, the values are enough."""
+    names = dict(cohort.label_names)
+    if names == task.labels:
+        return True
+    if task.kind != "segmentation" or set(names.values()) != set(task.labels.values()):
+        return False
+    if any(task.labels.get(name, value) != value for name, value in names.items()):
+        return False  # one name for two things: no guess, an exchange
+    return bool(read_json(cohort.folder / "cohort.json")["provenance"].get("task") == "guessed")
+
+
+def _check_classes(folder: Path, split: str, cases: Sequence[Case], labels: dict[str, int]) -> None:
+    have = {case.target for case in cases}
+    for name in labels:
+        if name not in have:
+            raise UserError(
+                f"{folder / 'cohort.csv'}: class {name!r} is missing from split {split!r} "
+                f"({len(cases)} cases); change ingest.split or add cases of it."
+            )
+
+
+def _network(config: Config) -> torch.nn.Module:
+    return build_from_config(
+        config.model,
+        spatial_dims=config.task.spatial_dims,
+        in_channels=len(config.task.channels),
+        out_channels=config.task.out_channels,
+    )
+
+
+def _class_counts(config: Config, examples: Sequence[Example]) -> list[int]:
+    if config.task.kind == "segmentation":
+        names = {value: name for name, value in config.task.labels.items()}
+        for value, name in names.items():
+            if not any(len(example.points[value - 1]) for example in examples):
+                raise UserError(
+                    f"label {name!r} ({value}) occurs in no case of split 'train'; remove it from task.labels, "
+                    "or add cases that have it."
+                )
+        return []
+    return [sum(example.target == value for example in examples) for value in range(config.task.out_channels)]
+
+
+def _validate(net: torch.nn.Module, **arguments: Any) -> dict[str, float]:
+    return validate(net, **arguments)
+
+
+def _log_epoch(training: Training, history: Path, tracker: Tracker, figures: dict[str, float]) -> None:
+    columns: dict[str, None] = {}
+    for row in training.history:
+        columns.update(dict.fromkeys(row))
+    write_rows(history, list(columns), training.history)
+    tracker.log_metrics({name: value for name, value in figures.items() if name != "step"}, step=int(figures["step"]))
+
+
+def _finish(config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, training: Training) -> Result:
+    if training.best_state is not None:
+        training.average.load_state_dict(training.best_state)
+    last = training.history[-1]
+    metrics = {name: value for name, value in last.items() if name.startswith(("val_", "train_"))}
+    bundle = save_bundle(
+        folder.path / "bundle",
+        state_dict={name: value.detach().cpu() for name, value in training.average.state_dict().items()},
+        config=config,
+        plan=plan,
+        run_id=folder.id,
+        cohort_sha256=cohort.sha256,
+        metrics=metrics,
+    )
+    figures = {
+        **metrics,
+        "epochs": len(training.history),
+        "train_minutes": round(sum(row["seconds"] for row in training.history) / 60, 2),
+        "data_wait_share": sum(r["data_wait_share"] * r["seconds"] for r in training.history)
+        / max(sum(r["seconds"] for r in training.history), 1e-9),
+        "peak_memory_gb": max(row["peak_memory_gb"] for row in training.history),
+    }
+    paths = {"bundle": bundle, "history": folder.path / "history.csv", "run": folder.path}
+    return Result("train", "done", paths, figures, folder.id).write(folder.path)
+
+
+@contextmanager
+def _stop_between_steps() -> Iterator[Any]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop at the end of the step; the second acts at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if asked.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,4 @@
+import os
+import tempfile
+
+os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="medseg-prefect-"))  # before it is imported

@@ -1,0 +1,90 @@
+"""Tiny cohorts with a known truth, shared by tests."""
+
+from pathlib import Path
+
+import numpy as np
+
+from medseg.cohort import Case, Cohort, assign_splits, write_cohort
+from medseg.config import Config, load_config
+from medseg.images import write_nifti, write_png
+from medseg.volume import Volume
+
+AFFINE = np.array([[-1.5, 0, 0, 12], [0, 1.5, 0, -7], [0, 0, 2.0, 3], [0, 0, 0, 1]])
+TINY = (
+    "model={name: unet, channels: [4, 8], strides: [2], num_res_units: 1}",
+    "plan={patch_size: [16, 16, 16], batch_size: 2}",
+    "train={epochs: 2, validate_every: 1, warmup_steps: 2, precision: fp32}",
+    "tracking={system_metrics: false}",
+)
+
+
+def tiny_config(*overrides: str) -> Config:
+    """The hippocampus config made small: two labels, 16 voxels a side."""
+    return load_config("hippocampus", [*TINY, *overrides])
+
+
+def tiny_radiograph_config(*overrides: str) -> Config:
+    """The tuberculosis config made small: two classes, 32 pixels a side."""
+    model = "model={name: densenet, init_features: 8, growth_rate: 4, block_config: [2, 2]}"
+    plan = "plan={size_px: 32, batch_size: 4}"
+    return load_config("tb_radiograph", [model, plan, *TINY[2:], *overrides])
+
+
+def segmentation_cohort(folder: Path, count: int = 10) -> Cohort:
+    """Noise with a bright box (label 1, anterior) and a dark one (label 2, posterior); the boxes move by case."""
+    rng = np.random.default_rng(7)
+    cases = []
+    for number in range(count):
+        label = np.zeros((18, 16, 14), dtype=np.uint8)
+        x, y, z = rng.integers(2, 7, 3)
+        label[x : x + 5, y : y + 5, z : z + 5] = 1
+        label[x + 6 : x + 10, y : y + 5, z : z + 5] = 2
+        image = rng.normal(0, 0.3, label.shape) + 2.0 * (label == 1) - 2.0 * (label == 2)
+        name = f"case-{number:02d}"
+        write_nifti(folder / "images" / f"{name}.nii.gz", Volume(image.astype(np.float32), AFFINE))
+        write_nifti(folder / "labels" / f"{name}.nii.gz", Volume(label, AFFINE))
+        cases.append(
+            Case(
+                case_id=name,
+                patient_id=f"patient-{number:02d}",
+                images=(f"images/{name}.nii.gz",),
+                label=f"labels/{name}.nii.gz",
+                modality="MR",
+                shape=label.shape,
+                spacing_mm=(1.5, 1.5, 2.0),
+                orientation="LAS",
+                source_kind="nifti",
+            )
+        )
+    split = assign_splits(cases, val=0.2, test=0.3, seed=0)
+    return write_cohort(Cohort(folder, split, {"anterior": 1, "posterior": 2}), [], {"made_by": "tests"})
+
+
+def radiograph_cohort(folder: Path, count: int = 24) -> Cohort:
+    """Noise; a bright disc in every second image (class tb); two sites with equal prevalence."""
+    rng = np.random.default_rng(8)
+    rows, columns = np.mgrid[:40, :36]
+    cases = []
+    for number in range(count):
+        image = rng.normal(1000, 100, rows.shape)
+        if number % 2:
+            centre = rng.integers(10, 26, 2)
+            image[(rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 25] += 2500
+        name = f"chest-{number:02d}"
+        write_png(folder / "images" / f"{name}.png", np.clip(image, 0, 4095).astype(np.uint16))
+        cases.append(
+            Case(
+                case_id=name,
+                patient_id=f"patient-{number:02d}",
+                images=(f"images/{name}.png",),
+                kind="radiograph",
+                site="north" if number // 2 % 2 else "south",
+                target="tb" if number % 2 else "normal",
+                modality="DX",
+                shape=rows.shape,
+                spacing_mm=(1.0, 1.0),
+                source_kind="png",
+            )
+        )
+    split = assign_splits(cases, val=0.2, test=0.3, seed=0)
+    return write_cohort(Cohort(folder, split, {"normal": 0, "tb": 1}), [], {"made_by": "tests"})

@@ -1,0 +1,38 @@
+"""Losses: zero for the truth, known values, no surprise on absent classes."""
+
+import math
+
+import pytest
+import torch
+
+from medseg.config import CrossEntropyConfig, DiceCEConfig
+from medseg.losses import LOSSES, build_loss
+
+
+def test_registry_has_a_loss_per_config() -> None:
+    assert set(LOSSES) == {"dice_ce", "cross_entropy"}
+
+
+def test_dice_ce_vanishes_for_the_truth_and_is_finite_without_foreground() -> None:
+    loss = build_loss(DiceCEConfig())
+    label = torch.randint(0, 3, (2, 1, 6, 6, 6)).float()
+    logits = 50 * torch.nn.functional.one_hot(label[:, 0].long(), 3).movedim(-1, 1).float()
+    assert float(loss(logits, label)) < 1e-3
+    assert math.isfinite(float(loss(torch.zeros(1, 3, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4))))
+
+
+def test_dice_term_has_its_closed_form() -> None:
+    """Uniform probabilities p over K classes, share s of one foreground class: 1 - 2ps/(p + s) for each class."""
+    loss = build_loss(DiceCEConfig(ce_weight=0))
+    label = torch.zeros(1, 1, 10, 10, 10)
+    label[..., :5] = 1
+    value = float(loss(torch.zeros(1, 2, 10, 10, 10), label))
+    assert value == pytest.approx(1 - 2 * 0.5 * 0.5 / (0.5 + 0.5), abs=1e-4)
+
+
+def test_cross_entropy_of_no_knowledge_is_log_k_and_balance_weighs_the_rare() -> None:
+    target = torch.tensor([0, 0, 0, 1])
+    assert float(build_loss(CrossEntropyConfig(), [3, 1])(torch.zeros(4, 2), target)) == pytest.approx(math.log(2))
+    plain, balanced = build_loss(CrossEntropyConfig(), [3, 1]), build_loss(CrossEntropyConfig(balance=True), [3, 1])
+    always_first = torch.tensor([[5.0, 0.0]] * 4)
+    assert float(balanced(always_first, target)) > float(plain(always_first, target))

@@ -1,0 +1,177 @@
+"""Figures of merit: closed-form answers, parity with other implementations, conventions at the edges."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+
+from medseg.metrics import (
+    compare_masks,
+    confusion,
+    dice,
+    energy_in_mask,
+    hd95_mm,
+    pointing_hit,
+    roc_auc,
+    roc_curve,
+    sensitivity_specificity,
+    surface_dice,
+    surface_distances_mm,
+    volume_error_ml,
+)
+
+SPACING = (0.8, 1.5, 3.0)
+
+
+def _cube(start: tuple[int, int, int], side: int = 6, shape: tuple[int, int, int] = (24, 20, 16)) -> np.ndarray:
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[tuple(slice(s, s + side) for s in start)] = 1
+    return mask
+
+
+def _ball(radius: float, shift: float = 0.0) -> np.ndarray:
+    axes = np.indices((40, 40, 40)) - 19.5
+    axes[0] -= shift
+    return (axes**2).sum(axis=0) <= radius**2
+
+
+def _random_masks(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.random((12, 11, 9)) > rng.uniform(0.5, 0.95), rng.random((12, 11, 9)) > rng.uniform(0.5, 0.95)
+
+
+def test_shifted_cubes_have_closed_form_answers() -> None:
+    """Side 6, shifted by 2 voxels of 0.8 mm along the first axis."""
+    pred, ref = _cube((6, 5, 4)), _cube((4, 5, 4))
+    assert dice(pred, ref) == pytest.approx(2 * 4 * 36 / (2 * 216))
+    assert hd95_mm(pred, ref, SPACING) == pytest.approx(1.6)  # the leading face, more than 5 % of the surface
+    assert volume_error_ml(pred, ref, SPACING) == 0
+    assert surface_dice(pred, ref, SPACING, 1.6) == 1
+    # Without tolerance: 152 surface voxels each; shared are those of the four sides in the 4 common layers (4 * 20)
+    assert surface_dice(pred, ref, SPACING, 0.0) == pytest.approx(4 * 20 / 152)
+
+
+def test_concentric_balls_differ_by_their_radii() -> None:
+    small, large = _ball(8), _ball(13)
+    assert hd95_mm(small, large, (1, 1, 1)) == pytest.approx(5, abs=0.6)
+    assert hd95_mm(small, large, (2, 2, 2)) == pytest.approx(10, abs=1.2)
+    expected = 4 / 3 * math.pi * (8**3 - 13**3) / 1000
+    assert volume_error_ml(small, large, (1, 1, 1)) == pytest.approx(expected, rel=0.02)
+    assert dice(small, large) == pytest.approx(2 * 8**3 / (8**3 + 13**3), rel=0.02)
+
+
+def test_a_mask_equals_itself() -> None:
+    found = compare_masks(_ball(9), _ball(9), SPACING)
+    assert (found.dice, found.hd95_mm, found.surface_dice, found.volume_error_ml) == (1, 0, 1, 0)
+
+
+def test_empty_masks_follow_the_stated_conventions() -> None:
+    full, empty = _cube((4, 5, 4)), _cube((0, 0, 0), side=0)
+    both = compare_masks(empty, empty, SPACING)
+    assert math.isnan(both.dice)
+    assert math.isnan(both.hd95_mm)
+    assert math.isnan(both.surface_dice)
+    assert both.volume_error_ml == 0
+    diagonal = math.hypot(24 * 0.8, 20 * 1.5, 16 * 3.0)
+    for pred, ref in ((full, empty), (empty, full)):
+        one = compare_masks(pred, ref, SPACING)
+        assert (one.dice, one.surface_dice) == (0, 0)
+        assert one.hd95_mm == pytest.approx(diagonal)
+    assert compare_masks(full, empty, SPACING).volume_error_ml == pytest.approx(216 * 3.6 / 1000)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_agrees_with_monai(seed: int) -> None:
+    """MONAI's directed=False takes the larger of the two directed percentiles, as here."""
+    pred, ref = _random_masks(seed)
+    theirs = {"y_pred": torch.from_numpy(pred)[None, None], "y": torch.from_numpy(ref)[None, None]}
+    assert dice(pred, ref) == pytest.approx(float(compute_dice(**theirs)))
+    hausdorff = compute_hausdorff_distance(**theirs, include_background=True, percentile=95, spacing=SPACING)
+    assert hd95_mm(pred, ref, SPACING) == pytest.approx(float(hausdorff), rel=1e-5)
+    nsd = compute_surface_dice(**theirs, class_thresholds=[1.0], include_background=True, spacing=SPACING)
+    assert surface_dice(pred, ref, SPACING, 1.0) == pytest.approx(float(nsd))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.permutations([0, 1, 2]), st.integers(0, 2))
+def test_axis_order_flips_and_swapping_the_masks_change_nothing(seed: int, axes: list[int], flipped: int) -> None:
+    pred, ref = _random_masks(seed)
+    moved = [np.flip(np.transpose(mask, axes), flipped) for mask in (pred, ref)]
+    expected = compare_masks(pred, ref, SPACING)
+    for one, other in (moved, moved[::-1]):
+        found = compare_masks(one, other, tuple(SPACING[a] for a in axes))
+        assert found.dice == expected.dice
+        assert found.hd95_mm == pytest.approx(expected.hd95_mm)
+        assert found.surface_dice == pytest.approx(expected.surface_dice)
+        assert abs(found.volume_error_ml) == pytest.approx(abs(expected.volume_error_ml))
+
+
+def test_radiographs_have_two_axes() -> None:
+    pred, ref = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+    pred[4:10, 4:10], ref[4:10, 7:13] = True, True
+    to_ref, to_pred = surface_distances_mm(pred, ref, (0.5, 0.25))
+    assert max(to_ref) == max(to_pred) == pytest.approx(0.75)
+    assert dice(pred, ref) == 0.5
+
+
+def test_auc_counts_pairs_and_half_of_the_ties() -> None:
+    rng = np.random.default_rng(0)
+    truth, score = rng.integers(0, 2, 80), rng.integers(0, 6, 80) / 5
+    pairs = score[truth == 1][:, None] - score[truth == 0][None]
+    assert roc_auc(truth, score) == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+    assert roc_auc(truth, -score) == pytest.approx(1 - roc_auc(truth, score))
+    assert roc_auc([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4]) == 1
+    assert roc_auc([0, 1, 0, 1], [0.5] * 4) == 0.5
+
+
+def test_a_weight_is_a_number_of_copies() -> None:
+    rng = np.random.default_rng(1)
+    truth, score, weights = rng.integers(0, 2, 40), rng.random(40).round(1), rng.integers(0, 4, 40)
+    copies = np.repeat(np.arange(40), weights)
+    assert roc_auc(truth, score, weights) == pytest.approx(roc_auc(truth[copies], score[copies]))
+
+
+def test_roc_curve_ends_where_it_must_and_carries_its_thresholds() -> None:
+    rng = np.random.default_rng(2)
+    truth, score = rng.integers(0, 2, 50), rng.random(50).round(1)
+    fpr, tpr, thresholds = roc_curve(truth, score)
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+    assert np.all(np.diff(fpr) >= 0)
+    assert np.all(np.diff(tpr) >= 0)
+    for rate, hit, threshold in zip(fpr, tpr, thresholds, strict=True):
+        sensitivity, specificity = sensitivity_specificity(truth, score, threshold)
+        assert (hit, rate) == (pytest.approx(sensitivity), pytest.approx(1 - specificity))
+
+
+@pytest.mark.parametrize("truth", [[], [1, 1], [0, 0]])
+def test_one_class_has_no_curve(truth: list[int]) -> None:
+    with pytest.raises(ValueError, match="one class only"):
+        roc_auc(truth, [0.5] * len(truth))
+
+
+def test_sensitivity_of_no_case_is_not_a_number() -> None:
+    sensitivity, specificity = sensitivity_specificity([0, 0, 0, 0], [0.1, 0.5, 0.6, 0.2], 0.5)
+    assert math.isnan(sensitivity)
+    assert specificity == 0.5  # 0.5 reaches the threshold
+
+
+def test_confusion_has_truth_in_rows() -> None:
+    assert confusion([0, 0, 1, 2], [0, 1, 1, 0], 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_energy_and_pointing() -> None:
+    mask = np.zeros((10, 10), bool)
+    mask[:5] = True
+    flat = np.ones((10, 10), np.float32)
+    assert energy_in_mask(flat, mask) == pointing_hit(flat, mask) == 0.5  # no knowledge: the mask's share
+    inside = np.where(mask, 2.0, -5.0)  # negative values are evidence against, not energy
+    assert energy_in_mask(inside, mask) == pointing_hit(inside, mask) == 1
+    assert energy_in_mask(-flat, mask) == pointing_hit(-flat, mask) == 0
+    peak_outside = np.where(mask, 1.0, 0.0)
+    peak_outside[9, 9] = 2
+    assert energy_in_mask(peak_outside, mask) == pytest.approx(50 / 52)
+    assert pointing_hit(peak_outside, mask) == 0
