@@ -62,11 +62,13 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     except UserError:
         raise
-    except OSError as error:
-        raise _disk_error(path, error) from error
     except Exception as error:
-        if shutil.disk_usage(path.parent).free < _FULL_BYTES:  # torch and safetensors hide the system's error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _disk_error(path, error) from error
+        if shutil.disk_usage(path.parent).free < _FULL_BYTES:  # NumPy, torch and safetensors hide the system's error
             raise _disk_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        if isinstance(error, OSError):
+            raise _disk_error(path, error) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

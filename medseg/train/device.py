@@ -23,7 +23,7 @@ def use_bf16(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) -> b
         return wanted == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,0 +1,74 @@
+"""Planning, losses, augmentation and the loop."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from medseg.config.fields import Count, NotNegative, Positive, Share, Strict
+
+
+class PlanConfig(Strict):
+    """What the planner may not choose itself: a null is chosen from the cohort and recorded with its reason."""
+
+    spacing_mm: tuple[Positive, ...] | None = None
+    size_px: Annotated[int, Field(ge=32, le=2048)] | None = None
+    patch_size: tuple[Count, ...] | None = None
+    batch_size: Count | None = None
+    normalise: Literal["auto", "zscore", "ct"] = "auto"
+    memory_gb: Positive | None = None
+
+
+class DiceCEConfig(Strict):
+    """Soft Dice over foreground classes, batch-wise, plus cross-entropy."""
+
+    name: Literal["dice_ce"] = "dice_ce"
+    dice_weight: NotNegative = 1.0
+    ce_weight: NotNegative = 1.0
+
+
+class CrossEntropyConfig(Strict):
+    """Cross-entropy; `balance` weighs each class by its inverse frequency in the training split."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+    balance: bool = False
+    label_smoothing: Share = 0.0
+
+
+LossConfig = Annotated[DiceCEConfig | CrossEntropyConfig, Field(discriminator="name")]
+
+
+class AugmentConfig(Strict):
+    """Ranges from which parameters are drawn per item; 0 switches a kind off.
+
+    `flip_axes` are array axes after canonical orientation (0 = left-right for volumes; 0 = rows for radiographs).
+    """
+
+    probability: Share = 0.8
+    rotate_deg: NotNegative = 15.0
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    translate: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
+    brightness: NotNegative = 0.1
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    noise_sd: NotNegative = 0.05
+
+
+class TrainConfig(Strict):
+    """The loop. The learning rate follows from the global step alone, so a resumed run keeps its curve."""
+
+    epochs: Count = 100
+    steps_per_epoch: Count | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-3
+    weight_decay: NotNegative = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    schedule: Literal["poly", "cosine", "constant"] = "cosine"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    clip_norm: Positive = 12.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    foreground_share: Share = 0.5
+    validate_every: Count = 5
+    select: Literal["last", "best"] = "last"
+    checkpoint_minutes: Positive = 10.0
+    deterministic: bool = False

@@ -1,0 +1,65 @@
+"""The whole tree: one experiment."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from medseg.config.fields import Strict
+from medseg.config.ingest import IngestConfig
+from medseg.config.models import ModelConfig
+from medseg.config.results import ExplainConfig, ExportConfig, PredictConfig, ReportConfig, TrackingConfig
+from medseg.config.training import AugmentConfig, LossConfig, PlanConfig, TrainConfig
+
+
+class TaskConfig(Strict):
+    """What is learnt. `labels` maps names to values; background 0 is implied for segmentation."""
+
+    kind: Literal["segmentation", "classification"]
+    labels: dict[str, Annotated[int, Field(ge=0, le=65535)]] = Field(min_length=1)
+    channels: tuple[str, ...] = ("image",)
+    spatial_dims: Literal[2, 3] = 3
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "TaskConfig":
+        values = sorted(self.labels.values())
+        start = 1 if self.kind == "segmentation" else 0
+        if values != list(range(start, start + len(values))):
+            raise ValueError(f"label values must be {start}, {start + 1}, … without gaps, not {values}")
+        return self
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's logits: labels and background, or classes."""
+        return len(self.labels) + (self.kind == "segmentation")
+
+
+class Config(Strict):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    task: TaskConfig
+    model: ModelConfig
+    loss: LossConfig
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ingest: IngestConfig = IngestConfig()
+    plan: PlanConfig = PlanConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    explain: ExplainConfig = ExplainConfig()
+    export: ExportConfig = ExportConfig()
+    report: ReportConfig = ReportConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        classifier = self.model.name == "densenet"
+        if classifier != (self.task.kind == "classification"):
+            raise ValueError(f"model.name {self.model.name!r} does not fit task.kind {self.task.kind!r}")
+        if classifier != (self.loss.name == "cross_entropy"):
+            raise ValueError(f"loss.name {self.loss.name!r} does not fit task.kind {self.task.kind!r}")
+        if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
+            names = ", ".join(self.task.labels)
+            raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")
+        return self
