@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
-from medseg.config.fields import Count, Share
+from medseg.config.fields import Count, Positive, Share
 from medseg.config.network import NetworkConfig
 
 
@@ -115,5 +115,5 @@ class MobileNetConfig(FlatClassifierConfig):
     """MobileNet V2 (Sandler et al. 2018); `width` multiplies the channels."""
 
     name: Literal["mobilenet_v2"] = "mobilenet_v2"
-    width: Literal[0.25, 0.5, 0.75, 1.0] = 1.0
+    width: Positive = 1.0
     dropout: Share = 0.2

@@ -97,7 +97,9 @@ def build_from_config(config: ModelConfig, *, spatial_dims: int, in_channels: in
     return _build(config, MODELS[config.name][1], spatial_dims, in_channels, out_channels)
 
 
-def _build(config: NetworkConfig, builder: Builder, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+def _build(
+    config: NetworkConfig, builder: Builder, spatial_dims: int, in_channels: int, out_channels: int
+) -> nn.Module:
     if problem := config.dims_problem(spatial_dims):
         raise UserError(f"task.spatial_dims: {problem}.")
-    return builder(config, spatial_dims, in_channels, out_channels)
+    return build(config, spatial_dims, in_channels, out_channels)

@@ -15,8 +15,8 @@ from medseg.config import (
 )
 from medseg.files import UserError
 
-# The sizes of Roy et al. 2023 (arXiv:2303.09975): (expansions of the encoder, of the bottleneck; blocks of the encoder, of
-# the bottleneck). The decoder mirrors the encoder.
+# The sizes of Roy et al. 2023 (arXiv:2303.09975): expansions of the encoder and of the bottleneck, blocks of the
+# encoder and of the bottleneck. The decoder mirrors the encoder.
 _MEDNEXT: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int]] = {
     "S": ((2, 2, 2, 2), 2, (2, 2, 2, 2), 2),
     "B": ((2, 3, 4, 4), 4, (2, 2, 2, 2), 2),

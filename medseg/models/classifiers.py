@@ -96,9 +96,7 @@ def build_squeezenet(config: SqueezeNetConfig, spatial_dims: int, in_channels: i
 def build_mobilenet_v2(config: MobileNetConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
     """MobileNet V2 classifier: inverted residuals, global average pooling, one linear layer."""
     build = _torchvision(config.name).mobilenet_v2
-    return _for_channels(
-        build(num_classes=out_channels, width_mult=config.width, dropout=config.dropout), in_channels
-    )
+    return _for_channels(build(num_classes=out_channels, width_mult=config.width, dropout=config.dropout), in_channels)
 
 
 def _torchvision(network: str) -> Any:

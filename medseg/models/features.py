@@ -44,7 +44,7 @@ def features_and_logits(net: nn.Module, x_BCDHW: Tensor) -> tuple[Tensor, Tensor
         raise UserError(f"the network puts out {type(logits).__name__} instead of logits; put it in evaluation mode.")
     features = _pooled(watch.head_input) if logits.ndim == 2 and watch.head_input is not None else watch.bottom
     if features is None:
-        raise UserError(f"no module of {type(net).__name__} puts out features; build it by `medseg.models.build_model`.")
+        raise UserError(f"no module of {type(net).__name__} puts out features; take a network of MODELS.")
     return features, logits
 
 

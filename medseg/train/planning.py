@@ -132,7 +132,9 @@ def _canonical_grids(cohort: Cohort, cases: Sequence[Case]) -> tuple[np.ndarray,
 def _choose_patch(extent: np.ndarray, model: NetworkConfig) -> tuple[tuple[int, ...], str]:
     """The whole field of view of most cases where that fits, else a box of its proportions; sizes the network takes."""
     steps = np.array([math.lcm(_DIVISOR, divisor) for divisor in model.divisors(extent.shape[1])])
-    most = [int(-(-math.ceil(n) // step) * step) for n, step in zip(np.percentile(extent, 75, axis=0), steps, strict=True)]
+    most = [
+        int(-(-math.ceil(n) // step) * step) for n, step in zip(np.percentile(extent, 75, axis=0), steps, strict=True)
+    ]
     multiples = " × ".join(str(step) for step in steps) if len(set(steps)) > 1 else str(steps[0])
     if math.prod(most) <= _MAX_PATCH_VOXELS:
         reason = f"three cases in four as a whole (75th percentile), rounded up to multiples of {multiples}"

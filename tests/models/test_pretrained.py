@@ -116,9 +116,7 @@ def test_weights_of_three_channels_are_summed_for_one(tmp_path: Path) -> None:
     assert done.summed == ("conv1.weight",)
     torch.testing.assert_close(logits(net, 1), logits(source, 3))
     with pytest.raises(UserError, match=r"conv1.weight is \(4, 3, 7, 7\), not \(4, 2, 7, 7\)"):
-        load_pretrained(
-            net_of(in_channels=2), ResNetConfig(weights=str(tmp_path / "w.safetensors"), **RESNET)
-        )
+        load_pretrained(net_of(in_channels=2), ResNetConfig(weights=str(tmp_path / "w.safetensors"), **RESNET))
 
 
 @pytest.mark.parametrize("old", [False, True])
