@@ -29,7 +29,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(name: str) -> None:
         ("model={name: densenet}", "model.name"),
         (
             "plan.patch_size=[20, 16, 16]",
-            r"plan.patch_size: \(20, 16, 16\) does not fit dynunet.*set it to \(24, 16, 16\)",
+            r"patch_size: \(20, 16, 16\) does not fit dynunet.*set it to \(24, 16, 16\)",
         ),
         ("plan.patch_size=[8, 8, 8]", r"more than one position at the bottom; set it to \(16, 8, 8\)"),
         ("model={name: dynunet, strides: [[2, 2], 2, 2]}", "task.spatial_dims: .*needs 3 numbers in each list"),

@@ -102,4 +102,4 @@ def _build(
 ) -> nn.Module:
     if problem := config.dims_problem(spatial_dims):
         raise UserError(f"task.spatial_dims: {problem}.")
-    return build(config, spatial_dims, in_channels, out_channels)
+    return builder(config, spatial_dims, in_channels, out_channels)

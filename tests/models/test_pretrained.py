@@ -50,7 +50,7 @@ def test_a_torch_file_needs_its_hash(tmp_path: Path) -> None:
     sha256 = sha256_file(path)
     with pytest.raises(UserError, match=f"needs model.weights_sha256; it has {sha256}"):
         load_pretrained(net, ResNetConfig(weights=str(path), **RESNET))
-    with pytest.raises(UserError, match="not model.weights_sha256 0000"):
+    with pytest.raises(UserError, match=r"not model\.weights_sha256 0000"):
         load_pretrained(net, ResNetConfig(weights=str(path), weights_sha256="0" * 64, **RESNET))
     load_pretrained(net, ResNetConfig(weights=str(path), weights_sha256=sha256, **RESNET))
     assert torch.equal(logits(net), logits(source))
@@ -58,7 +58,7 @@ def test_a_torch_file_needs_its_hash(tmp_path: Path) -> None:
 
 def test_a_given_hash_is_compared_for_safetensors_too(tmp_path: Path) -> None:
     path = file_of(net_of(), tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="not model.weights_sha256"):
+    with pytest.raises(UserError, match=r"not model\.weights_sha256"):
         load_pretrained(net_of(), ResNetConfig(weights=str(path), weights_sha256="0" * 64, **RESNET))
 
 
@@ -140,7 +140,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     source = net_of()
     with torch.no_grad():
         source.fc.bias[0] = torch.nan
-    with pytest.raises(UserError, match="fc.bias is not finite"):
+    with pytest.raises(UserError, match=r"fc\.bias is not finite"):
         load_pretrained(net_of(), ResNetConfig(weights=str(file_of(source, tmp_path / "w.safetensors")), **RESNET))
 
 

@@ -24,7 +24,7 @@ def test_weights_start_a_run_and_are_not_needed_again(tmp_path: Path) -> None:
     save_file({name: value.clone() for name, value in net.state_dict().items()}, path)
     radiograph_cohort(tmp_path / "cohort", 20)
     wrong = tiny_radiograph_config(*QUIET, f"model.weights={path}")
-    with pytest.raises(UserError, match=r"2 of another shape \(class_layers.out.weight is \(7, 12\), not \(2, 12\)"):
+    with pytest.raises(UserError, match=r"2 of another shape \(class_layers.out.weight is \(7, 16\), not \(2, 16\)"):
         train(wrong, tmp_path / "cohort", tmp_path / "space")
     config = tiny_radiograph_config(*QUIET, f"model.weights={path}", "model.weights_skip=[class_layers.out]")
     done = train(config, tmp_path / "cohort", tmp_path / "space")
