@@ -28,8 +28,11 @@ from medseg.config.models import (
 from medseg.config.network import NetworkConfig
 from medseg.config.results import (
     CodeConfig,
+    ExplainChecksConfig,
     ExplainConfig,
     ExportConfig,
+    MethodConfig,
+    MethodName,
     PredictConfig,
     ReportConfig,
     SegmentConfig,
@@ -47,6 +50,7 @@ __all__ = [
     "DenseNetConfig",
     "DiceCEConfig",
     "DynUNetConfig",
+    "ExplainChecksConfig",
     "ExplainConfig",
     "ExportConfig",
     "FindingCode",
@@ -54,6 +58,8 @@ __all__ = [
     "IngestConfig",
     "LossConfig",
     "MedNeXtConfig",
+    "MethodConfig",
+    "MethodName",
     "MobileNetConfig",
     "ModelConfig",
     "NetworkConfig",
