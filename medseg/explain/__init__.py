@@ -9,7 +9,6 @@ Shape legend: B batch, C channels, K classes, D H W the spatial axes in array or
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from medseg.config import MethodConfig
@@ -76,7 +75,8 @@ def explain(
         raise UserError(f"explain.method {method!r} is not registered; choose one of {', '.join(EXPLAINERS)}.")
     with frozen(net):
         x_BCDHW = x_BCDHW.detach().clone()  # a tensor made under inference mode cannot join a graph
-        logits, layer_name = logits_and_layer(net, x_BCDHW.clone(), layer)
+        # where the layer plays no part, none is looked for: "" is the network itself
+        logits, layer_name = logits_and_layer(net, x_BCDHW.clone(), "" if method in LAYERLESS else layer)
         score = make_score(logits, target, region_BDHW)
     return explain_score(net, x_BCDHW, score, method, layer_name, size=size, config=config)
 

@@ -1,5 +1,7 @@
 """Bring maps and masks from a layer's grid to the image's, cell centres aligned."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,5 +22,10 @@ def enlarged(x_BCDHW: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def pooled(x_BCDHW: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Mean over `shape` equal parts of the image."""
-    pool = {1: functional.adaptive_avg_pool1d, 2: functional.adaptive_avg_pool2d, 3: functional.adaptive_avg_pool3d}
-    return pool[len(shape)](x_BCDHW, shape)  # type: ignore[operator,no-any-return]
+    pool: dict[int, Any] = {
+        1: functional.adaptive_avg_pool1d,
+        2: functional.adaptive_avg_pool2d,
+        3: functional.adaptive_avg_pool3d,
+    }
+    found: Tensor = pool[len(shape)](x_BCDHW, shape)
+    return found

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Explained:
     layer: str
     map_BDHW: Tensor
     mask: NDArray[np.generic] | None = None
-    config: MethodConfig = MethodConfig()
+    config: MethodConfig = field(default_factory=MethodConfig)
 
     @property
     def values(self) -> Float:

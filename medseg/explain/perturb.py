@@ -99,7 +99,7 @@ def road(probe: Probe, values: NDArray[np.floating], *, steps: int, seed: int = 
     missing = torch.stack([rank < share * rank.numel() for rank in ranks for share in shares])
     copies = [
         copy
-        for part in missing.split(probe.batch_size)
+        for part in torch.split(missing, probe.batch_size)
         for copy in impute(x[None].expand(len(part), *x.shape), part, seed=seed)
     ]
     probs = probe.probabilities(copies)

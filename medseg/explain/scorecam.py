@@ -37,7 +37,7 @@ def _of_one(net: nn.Module, x_BCDHW: Tensor, score: Score, A_BCDHW: Tensor, row:
     if not len(kept):
         return torch.zeros_like(A_CDHW[0])
     scores = []
-    for part in kept.split(config.batch_size):
+    for part in torch.split(kept, config.batch_size):
         mask = enlarged(A_CDHW[part][:, None], tuple(x_BCDHW.shape[2:]))
         axes = tuple(range(2, mask.ndim))
         low = mask.amin(axes, keepdim=True)

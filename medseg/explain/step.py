@@ -17,26 +17,23 @@ from medseg.cohort import Cohort
 from medseg.config import ExplainConfig, IngestConfig
 from medseg.data.preprocess import Prepared, prepare
 from medseg.explain import LAYERLESS, explain_score, passmark, summary
-from medseg.explain.export_sc import OVERLAY, write_sc
-from medseg.explain.grids import enlarged
+from medseg.explain.export_sc import OVERLAY
 from medseg.explain.hooks import frozen, logits_and_layer
+from medseg.explain.outputs import MAPS, restore_map, write_map, write_overlay
 from medseg.explain.passmark import Explained
 from medseg.explain.perturb import Probe
 from medseg.explain.scans import Scans
 from medseg.explain.targets import make_score
 from medseg.explain.window import choose_window, cut, paste
-from medseg.files import UserError, read_json, replacing, write_json, write_rows
-from medseg.images import read_image, write_nifti
-from medseg.ingest.dicom_derived import why_not
+from medseg.files import UserError, read_json, write_json, write_rows
+from medseg.images import read_image
 from medseg.plan import Plan
 from medseg.progress import progress
 from medseg.result import Result
-from medseg.volume import Volume, from_canonical, resample, to_canonical
+from medseg.volume import Volume
 
-COLUMNS = (
-    "case_id", "status", "reason", "method", "layer", "target", "raw_max", "evidence", "passed", "failed_checks", "withheld",
-)  # fmt: skip
-MAPS = ("map.npy", "map.nii.gz")
+ABOUT = ("method", "layer", "target", "raw_max", "evidence", "passed", "withheld")
+COLUMNS = ("case_id", "status", "reason", *ABOUT, "failed_checks")
 
 
 def run(
@@ -124,9 +121,7 @@ def _ordered(chosen: list[tuple[str, dict[str, Any]]], config: ExplainConfig) ->
     if config.cases == "doubtful":
         for case_id, result in chosen:
             if not result.get("predicted"):
-                raise UserError(
-                    f"explain.cases 'doubtful' needs class probabilities, which {case_id} has not; take first or random."
-                )
+                raise UserError(f"explain.cases 'doubtful' needs probabilities, {case_id} has none; take random.")
         return sorted(chosen, key=lambda c: (c[1]["probs"][c[1]["predicted"]], c[0]))
     return chosen
 
@@ -154,7 +149,7 @@ def _row(maker: "_Maker", case_id: str, result: dict[str, Any]) -> dict[str, obj
     except Exception as error:  # one bad case must not stop the batch; the reason stands in the table
         return row | {"status": "failed", "reason": " ".join(str(error).split()) or type(error).__name__}
     row |= {"reason": about.get("no_dicom"), "failed_checks": "; ".join(about["failed_checks"])}
-    return row | {name: about[name] for name in ("layer", "target", "raw_max", "evidence", "passed", "withheld")}
+    return row | {name: about[name] for name in ABOUT}
 
 
 @dataclass(frozen=True)
@@ -192,9 +187,9 @@ class _Maker:
         about |= {"evidence": about["raw_max"] > 0, "made_from": made_from}
         about["withheld"] = bool(about["failed_checks"]) and self.config.on_failure == "withhold"
         if not about["withheld"]:
-            _write_map(folder, map_scan, prepared)
+            write_map(folder, map_scan, prepared)
             if scan.radiograph is not None:
-                about |= _write_overlay(folder, scan.radiograph, scan.channels[0], map_scan, about, result)
+                about |= write_overlay(folder, scan.radiograph, scan.channels[0], map_scan, about, result)
         write_json(folder / "explanation.json", about)
         return about
 
@@ -211,7 +206,7 @@ class _Maker:
             raise UserError(
                 f"{path} has shape {mask.array.shape}, its scan {image.array.shape}; give this scan's mask."
             )
-        return prepare([image], self.plan, Volume((mask.array > 0).astype(np.uint8), image.affine)).label
+        return prepare([image], self.plan, Volume(mask.array.astype(bool).astype(np.uint8), image.affine)).label
 
     def _explain(
         self, prepared: Prepared, result: dict[str, Any], mask: NDArray[np.generic] | None
@@ -255,25 +250,13 @@ class _Maker:
         x_BCDHW = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None].to(device)
         region_BDHW = None if region is None else torch.from_numpy(region)[None].to(device)
         with frozen(self.net):
-            logits, layer = logits_and_layer(self.net, x_BCDHW, config.layer)
-        layer = "input" if config.method in LAYERLESS else layer
+            wanted = "input" if config.method in LAYERLESS else config.layer
+            logits, layer = logits_and_layer(self.net, x_BCDHW, wanted)
         score = make_score(logits, self.labels[target], region_BDHW)
         found = explain_score(self.net, x_BCDHW, score, config.method, layer, size="layer", config=methods)
         return Explained(
             Probe(self.net, x_BCDHW, score, methods.batch_size), config.method, layer, found, mask, methods
         )
-
-
-def restore_map(map_net: NDArray[np.float32], prepared: Prepared) -> NDArray[np.float32]:
-    """Bring a map from the network's grid to the scan's own, shape `prepared.native_shape`, linearly."""
-    native = Volume(np.empty(prepared.native_shape, dtype=np.uint8), prepared.native_affine)
-    if map_net.ndim == 2:
-        restored = resample(map_net, prepared.affine, native.array.shape, native.affine, order=1)
-    else:
-        canonical = to_canonical(native)
-        restored = resample(map_net, prepared.affine, canonical.array.shape, canonical.affine, order=1)
-        restored = from_canonical(restored, prepared.native_affine)
-    return np.ascontiguousarray(restored, dtype=np.float32)
 
 
 def _read_pred(folder: Path) -> Volume | None:
@@ -286,29 +269,3 @@ def _largest(pred: NDArray[np.generic], labels: Mapping[str, int]) -> str:
     """The label with most voxels; the first when nothing was predicted."""
     counts = {name: int(np.count_nonzero(pred == value)) for name, value in labels.items()}
     return max(counts, key=lambda name: counts[name])
-
-
-def _write_overlay(
-    folder: Path,
-    radiograph: Path,
-    image: Volume,
-    map_scan: NDArray[np.float32],
-    about: Mapping[str, Any],
-    result: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The map as DICOM Secondary Capture, or why there is none; the map itself is good either way."""
-    try:
-        write_sc(folder / OVERLAY, radiograph, image.array, map_scan, about, result)
-    except UserError:
-        raise  # the disk
-    except Exception as error:  # headers of the source that no object may refer to
-        return {"no_dicom": f"No DICOM SC was written ({why_not(error)})."}
-    return {"dicom": OVERLAY}
-
-
-def _write_map(folder: Path, map_scan: NDArray[np.float32], prepared: Prepared) -> None:
-    if map_scan.ndim == 3:
-        write_nifti(folder / "map.nii.gz", Volume(map_scan, prepared.native_affine), intent="activation map")
-        return
-    with replacing(folder / "map.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, map_scan, allow_pickle=False)

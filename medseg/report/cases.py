@@ -134,11 +134,13 @@ def _checks_in_words(checks: object) -> str:
     """Failed checks first and by name; of each the value, and the threshold where it has one."""
     if not isinstance(checks, Mapping) or not checks:
         return ""
-    failed, other = [], []
+    failed: list[str] = []
+    other: list[str] = []
     for name, check in checks.items():
-        facts = check if isinstance(check, Mapping) else {"value": check}
+        facts: Mapping[str, Any] = check if isinstance(check, Mapping) else {"value": check}
         value, threshold = facts.get("value"), facts.get("threshold")
-        text = f"{_spaced(name)} {format_number(value) if is_number(value) else facts.get('note') or 'not defined'}"
+        shown = format_number(value) if value is not None and is_number(value) else facts.get("note") or "not defined"
+        text = f"{_spaced(name)} {shown}"
         text += f" (mark {format_number(threshold)})" if threshold is not None and is_number(threshold) else ""
         (failed if facts.get("passed") is False else other).append(text)
     told = f" FAILED checks: {', '.join(failed)}." if failed else ""
