@@ -29,6 +29,7 @@ from medseg.data.preprocess import Prepared, prepare
 from medseg.explain import EXPLAINERS, explain, explain_score
 from medseg.explain.eigencam import eigencam
 from medseg.explain.fullgrad import full_gradients
+from medseg.explain.gradients import activation_and_gradient
 from medseg.explain.hooks import first_output, frozen, logits_and_layer
 from medseg.explain.imputation import impute
 from medseg.explain.passmark import CHECKS, Explained, measure
@@ -227,7 +228,7 @@ def _grad_cam(net: _Small, x: Tensor, targets: list[int]) -> Iterator[tuple[str,
     wanted = [ClassifierOutputTarget(target) for target in targets]
     classes = {
         "gradcam": package.GradCAM, "gradcampp": package.GradCAMPlusPlus, "hirescam": package.HiResCAM,
-        "layercam": package.LayerCAM, "eigencam": package.SegEigenCAM, "scorecam": package.ScoreCAM,
+        "layercam": package.LayerCAM, "eigencam": package.EigenCAM, "scorecam": package.ScoreCAM,
     }  # fmt: skip
     for method, make in classes.items():
         for layer in ("early",) if method == "scorecam" else ("early", "late"):
@@ -237,13 +238,13 @@ def _grad_cam(net: _Small, x: Tensor, targets: list[int]) -> Iterator[tuple[str,
                 grads = cam.activations_and_grads.gradients
                 A = cam.activations_and_grads.activations[0].detach().numpy()
                 g = grads[0].numpy() if grads else None
-                theirs = cam.get_cam_image(x, module, wanted, A, g)
-            ours = explain(net, x, method, targets, layer, size="layer")
+                theirs = cam.get_cam_image(x, module, wanted, A, g, False)
+            name, ours = method, explain(net, x, method, targets, layer, size="layer")
             if method == "eigencam":  # theirs takes the mean of every channel away first
                 centred = torch.as_tensor(A) - torch.as_tensor(A).mean((2, 3), keepdim=True)
-                ours = eigencam(centred)
-                method = "eigencam of centred activations"
-            yield f"grad-cam | {method}", layer, theirs, ours
+                ours, theirs = eigencam(centred), np.stack([m * np.sign(m.flat[np.abs(m).argmax()]) for m in theirs])
+                name = "eigencam of centred activations"
+            yield f"grad-cam | {name}", layer, theirs, ours
     with package.FullGrad(net, []) as cam:
         theirs = cam(x, wanted)
     with frozen(net):
@@ -271,6 +272,11 @@ def _torchcam(net: _Small, x: Tensor, targets: list[int]) -> Iterator[tuple[str,
             with make(net, layer, input_shape=(1, 24, 24)) as cam:
                 theirs = cam(class_idx=targets, scores=net(x), normalized=False)[0]
             yield f"torchcam | {method}", layer, theirs, explain(net, x, method, targets, layer, size="layer")
+            if method == "gradcampp":  # theirs divides a copy of g^2, so alpha stays g^2
+                with frozen(net):
+                    A, g = activation_and_gradient(net, x, make_score(net(x), targets), layer)
+                undivided = ((g.relu() ** 3).sum((2, 3), keepdim=True) * A).sum(1)
+                yield "torchcam | gradcampp with alpha = g^2", layer, theirs, undivided
 
 
 def _imputation() -> float:

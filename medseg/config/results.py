@@ -60,7 +60,7 @@ class ExplainChecksConfig(Strict):
     stability: Annotated[float, Field(ge=-1, le=1)] | None = 0.7
     agreement: Annotated[float, Field(ge=-1, le=1)] | None = 0.2
     dilate_px: Annotated[int, Field(ge=0)] = 4
-    steps: Annotated[int, Field(ge=2)] = 5
+    steps: Annotated[int, Field(ge=2)] = 4
     random_maps: Count = 2
     stages: Count = 2
     shift_px: Count = 2

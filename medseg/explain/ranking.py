@@ -115,7 +115,8 @@ def _places(values_FMN: NDArray[np.float64]) -> NDArray[np.float64]:
     if others == 0:
         return np.ones_like(values_FMN)
     own, other = values_FMN[:, :, None], values_FMN[:, None]
-    return ((own > other).sum(axis=2) + ((own == other).sum(axis=2) - 1) / 2) / others
+    places: NDArray[np.float64] = ((own > other).sum(axis=2) + ((own == other).sum(axis=2) - 1) / 2) / others
+    return places
 
 
 def _better(name: str, value: float | None) -> float:
