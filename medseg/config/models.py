@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medseg.config.classifiers import (
     DenseNetConfig,
@@ -180,6 +180,43 @@ class UNetPPConfig(NetworkConfig):
         return (2**self.depth,) * spatial_dims
 
 
+class ReversibleUNetConfig(NetworkConfig):
+    """U-Net of reversible blocks, in the manner of Pendse et al. (2021), in 2D or 3D.
+
+    Patch sizes must be multiples of 2**(levels - 1). `channels` has one even number per level, `blocks_down` and
+    `blocks_up` the reversible blocks of each level on the way down and up (the deepest level has none going up).
+    `block` is an inverted bottleneck with `expansion`, or the plain convolution of Brügger et al. (2019).
+
+    `memory` chooses what training keeps, with the same weights and results: everything (`store`), the input of every
+    block (`checkpoint`), or the output of every level (`reversible`). In the last mode the expanded channels are
+    worked through in at most `chunks` chunks of whole norm groups, one after the other; 1 is off.
+    """
+
+    name: Literal["reversible_unet"] = "reversible_unet"
+    channels: Annotated[tuple[Annotated[int, Field(ge=2, multiple_of=2)], ...], Field(min_length=1)] = (16, 32, 64, 128)
+    blocks_down: tuple[Annotated[int, Field(ge=0)], ...] = (2, 2, 2, 2)
+    blocks_up: tuple[Annotated[int, Field(ge=0)], ...] = (2, 2, 2)
+    block: Literal["mbconv", "conv"] = "mbconv"
+    expansion: Count = 4
+    norm: Literal["group", "instance"] = "group"
+    groups: Count = 8
+    memory: Literal["store", "checkpoint", "reversible"] = "reversible"
+    chunks: Count = 4
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _no_batch_norm(cls, norm: object) -> object:
+        if norm == "batch":
+            raise ValueError(
+                "batch norm would count every batch twice, since reversible blocks run twice a step; "
+                "choose group or instance"
+            )
+        return norm
+
+    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
+        return (2 ** (len(self.channels) - 1),) * spatial_dims
+
+
 ModelConfig = Annotated[
     UNetConfig
     | AttentionUNetConfig
@@ -188,6 +225,7 @@ ModelConfig = Annotated[
     | SwinUNETRConfig
     | MedNeXtConfig
     | UNetPPConfig
+    | ReversibleUNetConfig
     | DenseNetConfig
     | ResNetConfig
     | VGGConfig

@@ -19,6 +19,7 @@ from medseg.config import (
     ModelConfig,
     NetworkConfig,
     ResNetConfig,
+    ReversibleUNetConfig,
     SegResNetConfig,
     SqueezeNetConfig,
     SwinUNETRConfig,
@@ -43,6 +44,7 @@ from medseg.models.classifiers import (
     build_squeezenet,
     build_vgg,
 )
+from medseg.models.reversible_unet import build_reversible_unet
 from medseg.models.unetpp import build_unetpp
 
 Builder = Callable[[Any, int, int, int], nn.Module]
@@ -55,6 +57,7 @@ MODELS: dict[str, tuple[type[NetworkConfig], Builder]] = {
     "swin_unetr": (SwinUNETRConfig, build_swin_unetr),
     "mednext": (MedNeXtConfig, build_mednext),
     "unetpp": (UNetPPConfig, build_unetpp),
+    "reversible_unet": (ReversibleUNetConfig, build_reversible_unet),
     "densenet": (DenseNetConfig, build_densenet),
     "resnet": (ResNetConfig, build_resnet),
     "vgg": (VGGConfig, build_vgg),

@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "swin_unetr": {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2},
     "mednext": {"init_filters": 2},
     "unetpp": {"depth": 2, "features": (4, 8, 16)},
+    "reversible_unet": {"channels": (4, 8, 16), "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
     "densenet": {"init_features": 8, "growth_rate": 4, "block_config": (2, 2)},
     "resnet": {"depth": 18, "init_features": 4},
 }
@@ -43,6 +44,7 @@ FEATURES = {
     "swin_unetr": 192,
     "mednext": 32,
     "unetpp": 16,
+    "reversible_unet": 32,  # the first expansion going up: 4 × 8
     "densenet": 16,
     "resnet": 32,
     "vgg": 4096,
