@@ -2,12 +2,14 @@
 
     python benchmarks/inference.py                                          30 classes, 192³, patch 64³
     python benchmarks/inference.py --classes 100 --size 384 --patch 96 --rows medseg medseg-half
-    python benchmarks/inference.py --classes 100 --size 256 256 200 --out 512 512 300 --patch 96 --net unet --rows medseg
+    python benchmarks/inference.py --classes 100 --size 256 256 200 --out 512 512 300 --patch 96 --net unet \\
+        --rows medseg
 
 The peak is the highest resident set of the process beyond what it held when image, label map, network and libraries
-lay in memory; it includes the network's pass over one window. `network` and `rest` are processor
-seconds (all cores) inside the network and outside it: blending, resampling and argmax; `wall` is what a clock shows. With `--out`, MONAI's logits are interpolated as a whole, which needs the memory
-of all classes on that grid. `buffered` is MONAI's `buffer_steps=1`.
+lay in memory; it includes the network's pass over one window. `network` and `rest` are processor seconds (all cores)
+inside the network and outside it: blending, resampling and argmax; `wall` is what a clock shows. With `--out`, MONAI's
+logits are interpolated as a whole, which needs the memory of all classes on that grid. `buffered` is MONAI's
+`buffer_steps=1`.
 """
 
 import argparse

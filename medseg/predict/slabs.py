@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from medseg.models.sliding import window_weights
 from medseg.predict.sweep import Axis, Range, Sweep
 
-LabelMap = NDArray[np.uint8] | NDArray[np.uint16]
+LabelMap = NDArray[np.unsignedinteger[Any]]
 _ADD_VALUES = 1_000_000  # added at a time, so that the product with the weights stays in the cache
 
 
@@ -87,6 +88,7 @@ class Room:
         if spare := self._spare.get(size):
             return spare.pop().view(shape)
         while self._free < size:
+            assert any(self._spare.values()), "more is held than was announced"
             kept = self._spare[max(n for n, tensors in self._spare.items() if tensors)]
             self._free += kept.pop().numel()
         self._free -= size
@@ -112,9 +114,7 @@ class Reduction:
         labels: the label map; complete after the last window.
     """
 
-    def __init__(
-        self, sweep: Sweep, classes: int, dtype: torch.dtype, slab: SlabSize, device: torch.device
-    ) -> None:
+    def __init__(self, sweep: Sweep, classes: int, dtype: torch.dtype, slab: SlabSize, device: torch.device) -> None:
         self.labels: LabelMap = np.zeros([axis.out for axis in sweep.axes], dtype=label_type(classes))
         self._sweep, self._classes, self._dtype, self._slab, self._device = sweep, classes, dtype, slab, device
         self._weights = window_weights([axis.patch for axis in sweep.axes], device)
@@ -147,19 +147,24 @@ class Reduction:
             if key in self._cells:
                 self._room.give_back(self._cells.pop(key))
         for key, (part, weights) in fresh.items():
-            self._cells[key] = self._room.take(part.shape).zero_()
-            self._blend(self._cells[key], part, weights)
+            self._cells[key] = self._room.take(part.shape)
+            self._blend(self._cells[key], part, weights, onto_nothing=True)
 
-    def _blend(self, cell: Tensor, part: Tensor, weights: Tensor) -> None:
+    def _blend(self, cell: Tensor, part: Tensor, weights: Tensor, onto_nothing: bool = False) -> None:
         """Add weighted logits; product and sum are rounded one after the other, as on a full buffer."""
         if self._dtype == torch.float32:
+            if onto_nothing:
+                torch.mul(part, weights, out=cell)
+                return
             step = max(_ADD_VALUES // weights.numel(), 1)
             for at in range(0, len(cell), step):
                 cell[at : at + step].add_(part[at : at + step] * weights)
             return
         step = max(_ADD_VALUES // (len(cell) * weights[0].numel()), 1)
         for at in range(0, len(weights), step):
-            total = (part[:, at : at + step] * weights[at : at + step]).add_(cell[:, at : at + step])
+            total = part[:, at : at + step] * weights[at : at + step]
+            if not onto_nothing:
+                total.add_(cell[:, at : at + step])
             total.sub_(total.amax(0)).clamp_(min=torch.finfo(self._dtype).min)
             cell[:, at : at + step].copy_(total)
 
@@ -192,9 +197,7 @@ class Reduction:
         where = tuple(slice(*outputs) for outputs in ranges)
         self.labels[where] = largest(logits).cpu().numpy()
 
-    def _pieces(
-        self, box: Sequence[Range]
-    ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
+    def _pieces(self, box: Sequence[Range]) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
         """The cells that a box consists of, with the place of each piece in its cell and in the box."""
         found = [
             [

@@ -9,7 +9,7 @@ them, and what is held between two windows can be counted without visiting any.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import torch
@@ -106,7 +106,8 @@ class Sweep:
     def __init__(
         self, shape: Sequence[int], patch_size: Sequence[int], overlap: float, out_shape: Sequence[int]
     ) -> None:
-        self.axes = [Axis(*of, overlap, out) for *of, out in zip(shape, patch_size, out_shape, strict=True)]
+        sizes = zip(shape, patch_size, out_shape, strict=True)
+        self.axes = [Axis(size, patch, overlap, out) for size, patch, out in sizes]
         orders = list(permutations(range(len(shape))))
         held = [self._count_held(order) for order in orders]
         self.held_voxels = min(held)
@@ -149,7 +150,7 @@ def _cells(moments: Ints) -> list[Cell]:
     """Runs of equal columns of (first, last, until)."""
     changes = np.flatnonzero((np.diff(moments) != 0).any(0)) + 1
     edges = [0, *changes.tolist(), moments.shape[1]]
-    return [Cell(low, high, *moments[:, low].tolist()) for low, high in zip(edges, edges[1:], strict=False)]
+    return [Cell(low, high, *moments[:, low].tolist()) for low, high in pairwise(edges)]
 
 
 def _linear_taps(size: int, out: int) -> tuple[Ints, NDArray[np.float32]]:
