@@ -5,6 +5,7 @@ processor's cache. Interpolation is linear and separable, so a slab is multiplie
 """
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +20,7 @@ from medseg.models.sliding import window_weights
 from medseg.predict.sweep import Axis, Range, Sweep
 
 LabelMap = NDArray[np.unsignedinteger[Any]]
+_OWN_PAGES = 1 << 20
 _ADD_VALUES = 1_000_000  # added at a time, so that the product with the weights stays in the cache
 
 
@@ -92,6 +94,10 @@ class Room:
             kept = self._spare[max(n for n, tensors in self._spare.items() if tensors)]
             self._free += kept.pop().numel()
         self._free -= size
+        if self._device.type == "cpu" and size * self._dtype.itemsize >= _OWN_PAGES:
+            # Pages of its own: among the short-lived tensors of the heap it would leave holes that nothing fills.
+            pages = mmap.mmap(-1, size * self._dtype.itemsize)
+            return torch.frombuffer(pages, dtype=self._dtype).view(shape)
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def give_back(self, tensor: Tensor) -> None:

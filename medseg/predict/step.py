@@ -77,7 +77,7 @@ def run(
             resumed, working_set_gb = _predict_all(jobs, predictor, ledger, out)
         finally:
             ledger.write()
-    more = {"resumed": resumed, "working_set_gb": round(working_set_gb, 3)}
+    more = {"resumed": resumed, "working_set_gb": round(working_set_gb, 6)}
     return _summarise(ledger, bundle, out, more, time.monotonic() - start)
 
 

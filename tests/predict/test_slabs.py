@@ -229,13 +229,13 @@ torch.set_num_threads(1)
 from medseg.predict import segment_array
 image = np.random.default_rng(0).normal(size=(1, 128, 128, 128)).astype(np.float32)
 net = torch.nn.Conv3d(1, 80, 1).eval()
-with torch.inference_mode():
-    net(torch.zeros(1, 1, 8, 8, 8))
+segment_array(net, image[:, :9, :9, :9], (8, 8, 8), 0.5, (10, 10, 10))  # loads libraries and their kernels
 told = []
 before = psutil.Process().memory_info().rss
 segment_array(net, image, (64, 64, 64), 0.5, (140, 140, 140), announce=told.append)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print((peak - before - 140**3) / 1e9, told[0].total_gb)
+print(told[0])
 """
 
 
@@ -243,6 +243,6 @@ print((peak - before - 140**3) / 1e9, told[0].total_gb)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
 def test_the_peak_stays_within_a_tenth_of_what_was_announced() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    peak, announced = map(float, done.stdout.split())
+    peak, announced = map(float, done.stdout.split()[:2])
     assert peak <= 1.1 * announced
     assert announced < 0.7 * 4e-9 * 80 * 128**3
