@@ -21,7 +21,7 @@ from medseg.predict.sweep import Axis, Range, Sweep
 
 LabelMap = NDArray[np.unsignedinteger[Any]]
 _OWN_PAGES = 1 << 20
-_ADD_VALUES = 1_000_000  # added at a time, so that the product with the weights stays in the cache
+ADD_VALUES = 1_000_000  # added at a time, so that the product with the weights stays in the cache
 
 
 def label_type(classes: int) -> type[np.uint8] | type[np.uint16]:
@@ -162,11 +162,11 @@ class Reduction:
             if onto_nothing:
                 torch.mul(part, weights, out=cell)
                 return
-            step = max(_ADD_VALUES // weights.numel(), 1)
+            step = max(ADD_VALUES // weights.numel(), 1)
             for at in range(0, len(cell), step):
                 cell[at : at + step].add_(part[at : at + step] * weights)
             return
-        step = max(_ADD_VALUES // (len(cell) * weights[0].numel()), 1)
+        step = max(ADD_VALUES // (len(cell) * weights[0].numel()), 1)
         for at in range(0, len(weights), step):
             total = part[:, at : at + step] * weights[at : at + step]
             if not onto_nothing:

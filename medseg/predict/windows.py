@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from medseg.files import UserError
 from medseg.models.sliding import averaged
-from medseg.predict.slabs import Reduction, SlabSize, label_type, slab_size
+from medseg.predict.slabs import ADD_VALUES, Reduction, SlabSize, label_type, slab_size
 from medseg.predict.sweep import Sweep
 
 _SLAB_VALUES = {"cpu": 4e6, "cuda": 64e6}  # of a slab: a CPU's cache is small, a GPU wants few large kernels
@@ -28,7 +28,7 @@ class WorkingSet:
 
     Attributes:
         held_gb: blended logits between two windows.
-        slab_gb: interpolation and argmax of one slab.
+        slab_gb: interpolation and argmax of one slab and blending, twice: a heap keeps as much of what was freed.
         network_gb: the network while it sees one batch of windows, its logits included.
         dtype: of the held logits. slab: how much is reduced at once.
     """
@@ -128,7 +128,7 @@ def working_set(
         held = sweep.held_voxels * classes * dtype.itemsize / 4
         slab = slab_size(sweep, classes, min(most, limit - held))
         if held + slab.values <= limit:
-            return WorkingSet(held * 4 / 1e9, slab.values * 4 / 1e9, network_gb, dtype, slab)
+            return WorkingSet(held * 4 / 1e9, 8e-9 * (slab.values + ADD_VALUES), network_gb, dtype, slab)
         needed = (held + slab.values) * 4 / 1e9
     raise UserError(
         f"memory_gb {memory_gb:g}: {classes} classes on a grid of {tuple(axis.size for axis in sweep.axes)} need "
