@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from medseg.config.fields import Count, Strict
+from medseg.config.fields import Count, Positive, Strict
 
 MethodName = Literal[
     "gradcam",
@@ -20,11 +20,15 @@ MethodName = Literal[
 
 
 class PredictConfig(Strict):
-    """Inference. `overlap` of neighbouring windows; `mirror` averages over flips along the given axes."""
+    """Inference. `overlap` of neighbouring windows; `mirror_axes`: logits are averaged over flips along them.
+
+    `memory_gb`: what blended logits may take, in GB (1e9 bytes), beside image, label map and the network's own need.
+    """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     window_batch: Count = 1
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
+    memory_gb: Positive = 4.0
 
 
 class MethodConfig(Strict):

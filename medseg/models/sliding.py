@@ -1,33 +1,33 @@
-"""Logits of a whole image from a network that sees windows; shared by validation and prediction."""
+"""Where windows lie, how they are weighted, and what a network says about one; shared by validation and prediction."""
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import torch
+from monai.data.utils import compute_importance_map
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 
 @torch.inference_mode()
 def window_logits(
-    net: nn.Module,
+    net: nn.Module | Sequence[nn.Module],
     image_BCDHW: Tensor,
     patch_size: Sequence[int],
     overlap: float,
     window_batch: int = 1,
     mirror_axes: Sequence[int] = (),
-    stitch_on: torch.device | None = None,
 ) -> Tensor:
-    """Slide a window over the image and blend the logits with Gaussian weights.
+    """Slide a window over the image and blend the logits with Gaussian weights; holds the logits of all classes.
 
     Args:
-        net: x_BCDHW -> logits_BKDHW of the same spatial size; in the mode the caller has set.
+        net: x_BCDHW -> logits_BKDHW of the same spatial size; in the mode the caller has set. Of several networks
+            the logits are averaged.
         image_BCDHW: or image_BCHW; axes shorter than the window are padded with 0, and the logits cut back.
         patch_size: the window, one number per spatial axis.
         overlap: share of a window that its neighbour sees too, 0 ≤ overlap < 1.
         window_batch: windows per call of the network.
-        mirror_axes: spatial axes (0 = D); the logits are averaged over all combinations of flips along them.
-        stitch_on: device that holds the blended logits; by default the image's.
+        mirror_axes: see `averaged`.
 
     Returns:
         logits_BKDHW, in the image's dtype.
@@ -35,33 +35,65 @@ def window_logits(
     Raises:
         ValueError: the window does not fit the image's axes, or the network returns no logits of the window's size.
     """
-    total: Tensor | None = None
-    flips = [axes for n in range(len(mirror_axes) + 1) for axes in combinations(sorted(set(mirror_axes)), n)]
-    for axes in flips:
-        dims = [axis + 2 for axis in axes]
-        logits: Tensor = sliding_window_inference(
-            image_BCDHW.flip(dims) if dims else image_BCDHW,
-            tuple(patch_size),
-            window_batch,
-            _checked(net),
-            overlap,
-            mode="gaussian",
-            device=stitch_on,
-        )
-        logits = logits.flip(dims) if dims else logits
-        total = logits if total is None else total.add_(logits)
-    assert total is not None
-    return total if len(flips) == 1 else total.div_(len(flips))
+    logits: Tensor = sliding_window_inference(
+        image_BCDHW,
+        tuple(patch_size),
+        window_batch,
+        averaged([net] if isinstance(net, nn.Module) else net, mirror_axes),
+        overlap,
+        mode="gaussian",
+    )
+    return logits
 
 
-def _checked(net: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network, held to its contract: a list of heads or a smaller map would be blended without a word."""
+def averaged(nets: Sequence[nn.Module], mirror_axes: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
+    """A function from a window to logits averaged over networks and over all combinations of flips.
+
+    Args:
+        nets: each x_BCDHW -> logits_BKDHW of the same spatial size.
+        mirror_axes: spatial axes (0 = D) along which the window is flipped, and the logits flipped back.
+
+    Returns:
+        A function window_BCDHW -> logits_BKDHW; it raises ValueError when a network returns anything else: a list of
+        heads or a smaller map would be blended without a word.
+    """
+    axes = sorted(set(mirror_axes))
+    flips = [[axis + 2 for axis in some] for count in range(len(axes) + 1) for some in combinations(axes, count)]
 
     def logits_of(window: Tensor) -> Tensor:
-        logits = net(window)
-        if not isinstance(logits, Tensor) or logits.shape[2:] != window.shape[2:]:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the network returned {got} for a window {tuple(window.shape)}; logits must match it")
-        return logits
+        total: Tensor | None = None
+        for net in nets:
+            for dims in flips:
+                logits = _checked(net, window.flip(dims) if dims else window)
+                logits = logits.flip(dims) if dims else logits
+                total = logits if total is None else total + logits
+        assert total is not None
+        return total if len(nets) * len(flips) == 1 else total.div_(len(nets) * len(flips))
 
     return logits_of
+
+
+def window_starts(size: int, patch: int, overlap: float) -> tuple[int, ...]:
+    """First voxel of each window along one axis, as MONAI places them.
+
+    Windows lie `patch * (1 - overlap)` apart, rounded down; the last one ends with the axis. An axis shorter than the
+    window has one window, half of whose excess (rounded down) lies before voxel 0.
+    """
+    if size <= patch:
+        return (-((patch - size) // 2),)
+    stride = max(int(patch * (1 - overlap)), 1)
+    return (*range(0, size - patch, stride), size - patch)
+
+
+def window_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:
+    """Gaussian weight of each voxel of a window, sigma 1/8 of its side, at least 0.001; float32."""
+    weights: Tensor = compute_importance_map(tuple(patch_size), mode="gaussian", device=device)
+    return weights
+
+
+def _checked(net: nn.Module, window: Tensor) -> Tensor:
+    logits = net(window)
+    if not isinstance(logits, Tensor) or logits.ndim != window.ndim or logits.shape[2:] != window.shape[2:]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the network returned {got} for a window {tuple(window.shape)}; logits must match it")
+    return logits

@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from medseg.ingest.sources import discover, read_source
 
 Job_ = TypeVar("Job_")
 Read = TypeVar("Read")
+Written = TypeVar("Written")
 _PSEUDONYM = re.compile(r"case-[0-9a-z-]+")
 
 
@@ -113,6 +114,31 @@ def read_ahead(jobs: Sequence[Job_], read: Callable[[Job_], Read]) -> Generator[
             yield job, current.result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_behind(
+    work: Iterable[tuple[Job_, Callable[[], Written]]],
+) -> Generator[tuple[Job_, Callable[[], Written]]]:
+    """Each job in order with a function that returns what its writing returned or raises what it raised.
+
+    A job is written while `work` makes the next one, and is yielded once its writing has ended; never more than one is
+    being written, and never more than one waits for that.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+    under_way: list[tuple[Job_, Future[Written]]] = []
+    try:
+        for job, write in work:
+            while under_way:
+                earlier, future = under_way.pop()
+                future.exception()
+                yield earlier, future.result
+            under_way.append((job, pool.submit(write)))
+            del write  # what it writes is freed as soon as it is written
+        for earlier, future in under_way:
+            future.exception()
+            yield earlier, future.result
+    finally:
+        pool.shutdown(wait=True)
 
 
 def read_checked(source: Source, config: IngestConfig | None = None) -> Scan:

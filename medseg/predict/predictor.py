@@ -1,6 +1,6 @@
 """A bundle with its network in memory: one scan in, one prediction out. Knows no folders and no ledger."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medseg.ingest.sources import discover
 from medseg.models import build_from_config
 from medseg.predict.flags import check_mask, check_scan
 from medseg.predict.jobs import read_checked
-from medseg.predict.windows import segment_array
+from medseg.predict.windows import WorkingSet, segment_array
 from medseg.volume import Volume, closest_axes, from_canonical
 
 
@@ -69,13 +69,19 @@ class Predictor:
             raise Refused("channels", f"It has {len(scan.channels)} channels, but the model takes: {names}.")
         return prepare(scan.channels, self.bundle.plan)
 
-    def predict(self, scan: Scan, prepared: Prepared) -> Prediction:
-        """Segment or classify a scan that `prepare` has prepared."""
+    def predict(
+        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None = None
+    ) -> Prediction:
+        """Segment or classify a scan that `prepare` has prepared.
+
+        Args:
+            announce: is told what memory segmenting takes, before most of it is taken.
+        """
         found = (*_warnings(scan), *check_scan(scan, self.bundle.plan))
         if self.bundle.config.task.kind == "classification":
             probs = self._classify(prepared)
             return Prediction(None, {}, probs, called_class(probs, self.bundle.operating_point), found)
-        mask = Volume(self._segment(prepared), scan.channels[0].affine)
+        mask = Volume(self._segment(prepared, announce), scan.channels[0].affine)
         volumes_ml = measure_volumes(mask, self.bundle.labels) if scan.kind == "volume" else {}
         return Prediction(mask, volumes_ml, {}, "", (*found, *check_mask(mask, self.bundle.labels)))
 
@@ -91,7 +97,7 @@ class Predictor:
         except Refused as error:
             raise UserError(f"{path}: {error.reason}") from error
 
-    def _segment(self, prepared: Prepared) -> NDArray[Any]:
+    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None] | None) -> NDArray[Any]:
         plan, config = self.bundle.plan, self.bundle.config.predict
         native = prepared.native_shape
         volume = len(native) == 3
@@ -102,8 +108,10 @@ class Predictor:
             plan.patch_size,
             config.overlap,
             out_shape=tuple(native[axis] for axis in axes),
+            memory_gb=config.memory_gb,
             window_batch=config.window_batch,
             mirror_axes=config.mirror_axes,
+            announce=announce,
         )
         return from_canonical(labels, prepared.native_affine) if volume else labels
 

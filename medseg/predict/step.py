@@ -5,7 +5,7 @@ Killed at any moment and started again, it goes on where it was: finished cases 
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,9 +17,10 @@ from medseg.data.preprocess import Prepared
 from medseg.files import DiskError, UserError, write_json, write_rows
 from medseg.ingest.scan import Refused, Scan
 from medseg.ledger import USABLE, Ledger, Row
-from medseg.predict.jobs import Job, cohort_jobs, read_ahead, reject_id, source_jobs
+from medseg.predict.jobs import Job, cohort_jobs, read_ahead, reject_id, source_jobs, write_behind
 from medseg.predict.outputs import CaseFolder
-from medseg.predict.predictor import Predictor
+from medseg.predict.predictor import Prediction, Predictor
+from medseg.predict.windows import WorkingSet
 from medseg.progress import progress
 from medseg.result import Result
 from medseg.tracking.failure import scrub
@@ -73,34 +74,42 @@ def run(
         ledger = Ledger(out / "ledger.csv")
         _record_rejects(rejects, ledger, bundle)
         try:
-            resumed = _predict_all(jobs, predictor, ledger, out)
+            resumed, working_set_gb = _predict_all(jobs, predictor, ledger, out)
         finally:
             ledger.write()
-    return _summarise(ledger, bundle, out, resumed, time.monotonic() - start)
+    more = {"resumed": resumed, "working_set_gb": round(working_set_gb, 6)}
+    return _summarise(ledger, bundle, out, more, time.monotonic() - start)
 
 
-def _predict_all(jobs: Sequence[Job], predictor: Predictor, ledger: Ledger, out: Path) -> int:
-    """Work through the jobs; returns how many were finished before."""
-    resumed = 0
+def _predict_all(jobs: Sequence[Job], predictor: Predictor, ledger: Ledger, out: Path) -> tuple[int, float]:
+    """Work through the jobs: one is read while the network sees another and a third is written.
+
+    Returns:
+        How many were finished before, and the largest working set announced, in GB.
+    """
     read = partial(_read, predictor=predictor, out=out)
+    resumed, working_sets = 0, [0.0]
     with progress("Predicting", len(jobs)) as shown, closing(read_ahead(jobs, read)) as ahead:
-        for job, get in ahead:
-            row: Row
-            try:
-                found = get()
-                if isinstance(found, Row):
-                    row, resumed = found, resumed + 1
-                else:
-                    row = _predict(found, predictor)
-            except DiskError:
-                raise  # it would fail every case that follows
-            except Refused as refused:
-                row = _folder(job, predictor, out).write_rejection(refused)
-            except Exception as error:  # one bad case never stops the batch; the cause is kept beside it
-                row = _folder(job, predictor, out).write_failure(error)
-            ledger.add(row)
-            shown.advance(text=f"{row.case_id} {row.status}")
-    return resumed
+
+        def announce(found: WorkingSet) -> None:
+            working_sets.append(found.total_gb)
+            shown.advance(0, text=str(found))
+
+        predicted = ((job, _predict(get, predictor, announce)) for job, get in ahead)
+        with closing(write_behind(predicted)) as behind:
+            for job, get in behind:
+                try:
+                    row, again = get()
+                except DiskError:
+                    raise  # it would fail every case that follows
+                except Refused as refused:
+                    row, again = _folder(job, predictor, out).write_rejection(refused), False
+                except Exception as error:  # one bad case never stops the batch; the cause is kept beside it
+                    row, again = _folder(job, predictor, out).write_failure(error), False
+                resumed += again
+                ledger.add(row)
+                shown.advance(text=f"{row.case_id} {row.status}")
+    return resumed, max(working_sets)
 
 
 def _folder(job: Job, predictor: Predictor, out: Path) -> CaseFolder:
@@ -121,11 +130,42 @@ def _read(job: Job, predictor: Predictor, out: Path) -> _Ready | Row:
     return _Ready(folder, scan, predictor.prepare(scan), time.monotonic() - start)
 
 
-def _predict(ready: _Ready, predictor: Predictor) -> Row:
-    start = time.monotonic()
-    prediction = predictor.predict(ready.scan, ready.prepared)
-    seconds = {"read": round(ready.seconds, 3), "network": round(time.monotonic() - start, 3)}
-    return ready.folder.write(ready.scan, prediction, seconds)
+def _predict(
+    get: Callable[[], _Ready | Row], predictor: Predictor, announce: Callable[[WorkingSet], None]
+) -> Callable[[], tuple[Row, bool]]:
+    """Let the network see a case.
+
+    Returns:
+        A function that writes the prediction, and returns the case's row and whether it was finished before. What
+        went wrong up to here it raises, so that errors of reading, network and writing meet at one place.
+
+    Raises:
+        DiskError: at once.
+    """
+    try:
+        ready = get()
+        if isinstance(ready, Row):
+            return partial(_finished, ready)
+        start = time.monotonic()
+        prediction = predictor.predict(ready.scan, ready.prepared, announce)
+        seconds = {"read": round(ready.seconds, 3), "network": round(time.monotonic() - start, 3)}
+        return partial(_write, ready.folder, ready.scan, prediction, seconds)
+    except DiskError:
+        raise
+    except Exception as error:
+        return partial(_fail, error)
+
+
+def _finished(row: Row) -> tuple[Row, bool]:
+    return row, True
+
+
+def _write(folder: CaseFolder, scan: Scan, prediction: Prediction, seconds: dict[str, float]) -> tuple[Row, bool]:
+    return folder.write(scan, prediction, seconds), False
+
+
+def _fail(error: Exception) -> tuple[Row, bool]:
+    raise error
 
 
 def _record_rejects(rejects: Sequence[Reject], ledger: Ledger, bundle: Bundle) -> None:
@@ -138,9 +178,9 @@ def _record_rejects(rejects: Sequence[Reject], ledger: Ledger, bundle: Bundle) -
     write_rows(ledger.path.with_name("rejects.csv"), ["case_id", "source", "code", "reason"], rows)
 
 
-def _summarise(ledger: Ledger, bundle: Bundle, out: Path, resumed: int, seconds: float) -> Result:
+def _summarise(ledger: Ledger, bundle: Bundle, out: Path, more: Mapping[str, object], seconds: float) -> Result:
     counts = ledger.counts()
-    figures: dict[str, object] = {"cases": len(ledger.rows), **counts, "resumed": resumed, "seconds": round(seconds, 1)}
+    figures: dict[str, object] = {"cases": len(ledger.rows), **counts, **more, "seconds": round(seconds, 1)}
     status = "done" if sum(counts[name] for name in USABLE) == len(ledger.rows) else "partial"
     model = {**bundle.identity(), "simulated": bundle.config.ingest.simulated}
     summary = write_json(out / "summary.json", {"status": status, **figures, "bundle": model})

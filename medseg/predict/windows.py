@@ -1,7 +1,11 @@
-"""From an image array to a label map on any grid of the same field of view."""
+"""From an image array to a label map on any grid of the same field of view, in memory that is known beforehand."""
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,13 +14,43 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg.models.sliding import window_logits
+from medseg.files import UserError
+from medseg.models.sliding import averaged
+from medseg.predict.slabs import ADD_VALUES, Reduction, SlabSize, label_type, slab_size
+from medseg.predict.sweep import Sweep
 
-_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
+_SLAB_VALUES = {"cpu": 4e6, "cuda": 64e6}  # of a slab: a CPU's cache is small, a GPU wants few large kernels
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """What segmenting takes beside the image and the label map, in GB (1e9 bytes) at its peak.
+
+    Attributes:
+        held_gb: blended logits between two windows.
+        slab_gb: interpolation and argmax of one slab and blending, twice: a heap keeps as much of what was freed.
+        network_gb: the network while it sees one batch of windows, its logits included.
+        dtype: of the held logits. slab: how much is reduced at once.
+    """
+
+    held_gb: float
+    slab_gb: float
+    network_gb: float
+    dtype: torch.dtype
+    slab: SlabSize
+
+    @property
+    def total_gb(self) -> float:
+        """All of it: the network runs and slabs are reduced while logits are held."""
+        return self.held_gb + self.slab_gb + self.network_gb
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.total_gb:.2f} GB at most ({self.held_gb:.2f} held as {kind}, {self.network_gb:.2f} network)"
 
 
 def segment_array(
-    net: nn.Module,
+    net: nn.Module | Sequence[nn.Module],
     image_CDHW: NDArray[Any] | Tensor,
     patch_size: Sequence[int],
     overlap: float = 0.5,
@@ -25,77 +59,195 @@ def segment_array(
     *,
     window_batch: int = 1,
     mirror_axes: Sequence[int] = (),
+    announce: Callable[[WorkingSet], None] | None = None,
 ) -> NDArray[np.unsignedinteger[Any]]:
-    """Segment an image: sliding window, logits to the wanted grid, argmax.
+    """Segment an image: sliding window, logits to the wanted grid, argmax, in one sweep of windows.
 
-    The logits of one class at a time are brought to `out_shape` and compared with the best so far, so that not more
-    than three maps of that size exist whatever the number of classes. Interpolated logits place a boundary between
+    Logits are held only where a later window still adds to them; what is final is interpolated and reduced to labels
+    at once. So the logits of all classes never exist for the whole image. Interpolated logits place a boundary between
     voxels where interpolated labels cannot.
 
     Args:
-        net: x_BCDHW -> logits_BKDHW with K ≥ 2 classes; evaluated on the device its parameters are on.
-        image_CDHW: or image_CHW; prepared as the network wants it.
-        patch_size, overlap, window_batch, mirror_axes: see `medseg.models.sliding.window_logits`.
+        net: x_BCDHW -> logits_BKDHW with K ≥ 2 classes; evaluated on the device its parameters are on. Several
+            networks on one device: their logits are averaged, window by window.
+        image_CDHW: or image_CHW; prepared as the network wants it. Axes shorter than the window are padded with 0.
+        patch_size: the window, one number per spatial axis.
+        overlap: share of a window that its neighbour sees too, 0 ≤ overlap < 1.
         out_shape: spatial shape of the result, over the same field of view edge to edge; by default the image's.
-        memory_gb: what the blended logits may take on an accelerator; larger ones are blended in main memory.
+        memory_gb: what held logits and a slab may take together, on the network's device. Logits are held as float32;
+            where that does not fit as float16, which changes a few labels in 100,000 next to a tie (an untrained
+            network's on smooth noise: 7 of 262,144).
+        window_batch: windows per call of the network.
+        mirror_axes: spatial axes (0 = D); the logits of each window are averaged over all flips along them.
+        announce: is told the working set after the first batch of windows, before anything is held.
 
     Returns:
-        (D, H, W) class of each voxel: uint8 for at most 256 classes, else uint16.
+        (D, H, W) class of each voxel: uint8 for at most 256 classes, else uint16. Of equal logits the lower class
+        wins. Linear interpolation, edges repeated.
 
     Raises:
+        UserError: `memory_gb` is too little even for the thinnest slab; it says what would do.
         ValueError: the image is no number array, the window does not fit, or the network gives no usable logits.
     """
-    image = torch.as_tensor(image_CDHW, dtype=torch.float32)
-    if image.ndim - 1 not in _INTERPOLATION or image.ndim - 1 != len(patch_size):
+    image = torch.as_tensor(image_CDHW)
+    if image.ndim not in (3, 4) or image.ndim - 1 != len(patch_size):
         raise ValueError(f"image {tuple(image.shape)} needs a channel axis and one axis per entry of {patch_size}")
-    first = next(net.parameters(), None)
-    device = first.device if first is not None else torch.device("cpu")
-    was_training = net.training
-    net.eval()
+    nets = [net] if isinstance(net, nn.Module) else list(net)
+    parameters = (parameter for one in nets for parameter in one.parameters())
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    sweep = Sweep(image.shape[1:], patch_size, overlap, out_shape if out_shape is not None else image.shape[1:])
+    modes = [(one, one.training) for one in nets]
     try:
-        batch = image[None].to(device)
-        stitch_on = _stitch_device(net, batch, patch_size, memory_gb)
-        logits = window_logits(net, batch, patch_size, overlap, window_batch, mirror_axes, stitch_on)
+        for one in nets:
+            one.eval()
+        return _sweep_windows(sweep, image, averaged(nets, mirror_axes), device, window_batch, memory_gb, announce)
     finally:
-        net.train(was_training)
-    return label_map(logits[0], tuple(out_shape) if out_shape is not None else tuple(image.shape[1:]))
+        for one, was_training in modes:
+            one.train(was_training)
 
 
-@torch.inference_mode()
-def label_map(logits_KDHW: Tensor, out_shape: Sequence[int]) -> NDArray[np.unsignedinteger[Any]]:
-    """Class with the largest logit at each voxel of a grid of `out_shape` over the same field of view.
+def working_set(
+    sweep: Sweep,
+    classes: int,
+    memory_gb: float,
+    network_gb: float = 0.0,
+    device_type: str = "cpu",
+) -> WorkingSet:
+    """The working set of a sweep, with the most exact held logits that fit.
 
-    Linear interpolation, edges repeated; of equal logits the lower class wins.
+    Args:
+        network_gb: see `WorkingSet`; as measured on one batch of windows.
 
     Raises:
-        ValueError: fewer than two classes, or a logit that is not finite.
+        UserError: `memory_gb` is too little.
     """
-    classes = len(logits_KDHW)
-    if classes < 2:
-        raise ValueError(f"the network has {classes} output channel; background and one label at least are needed")
-    best = _on_grid(logits_KDHW[0], out_shape).clone()
-    labels = torch.zeros(best.shape, dtype=torch.uint8 if classes <= 256 else torch.int32, device=best.device)
-    for value in range(1, classes):
-        logit = _on_grid(logits_KDHW[value], out_shape)
-        labels.masked_fill_(logit > best, value)
-        torch.maximum(best, logit, out=best)  # carries NaN along, so that one look at the end is enough
-    if not torch.isfinite(best).all():
-        raise ValueError("the network's logits are not finite; its weights or the image are damaged")
-    return labels.cpu().numpy().astype(np.uint8 if classes <= 256 else np.uint16, copy=False)
+    limit = 1e9 * memory_gb / 4
+    most = _SLAB_VALUES.get(device_type, _SLAB_VALUES["cuda"])
+    needed = math.inf
+    for dtype in (torch.float32, torch.float16):
+        held = sweep.held_voxels * classes * dtype.itemsize / 4
+        slab = slab_size(sweep, classes, min(most, limit - held))
+        if held + slab.values <= limit:
+            return WorkingSet(held * 4 / 1e9, 8e-9 * (slab.values + ADD_VALUES), network_gb, dtype, slab)
+        needed = (held + slab.values) * 4 / 1e9
+    raise UserError(
+        f"memory_gb {memory_gb:g}: {classes} classes on a grid of {tuple(axis.size for axis in sweep.axes)} need "
+        f"{_round_up(needed):g}; allow that much, or choose a smaller overlap or window."
+    )
 
 
-def _on_grid(logit_DHW: Tensor, shape: Sequence[int]) -> Tensor:
-    if tuple(logit_DHW.shape) == tuple(shape):
-        return logit_DHW
-    mode = _INTERPOLATION[logit_DHW.ndim]
-    # align_corners=False maps voxel edges to voxel edges, which is what medseg.volume.resampled_grid does.
-    return functional.interpolate(logit_DHW[None, None], tuple(shape), mode=mode, align_corners=False)[0, 0]
+def working_set_gb(
+    classes: int,
+    image_shape: Sequence[int],
+    patch_size: Sequence[int],
+    overlap: float = 0.5,
+    out_shape: Sequence[int] | None = None,
+    memory_gb: float = 2.0,
+    *,
+    window_batch: int = 1,
+    network_gb: float = 0.0,
+) -> float:
+    """What `segment_array` takes beside the image and the label map, in GB (1e9 bytes), without running anything.
+
+    Args:
+        image_shape: without channels. network_gb: see `WorkingSet`; not less than the logits of a batch of windows.
+
+    Raises:
+        UserError: `memory_gb` is too little.
+    """
+    sweep = Sweep(image_shape, patch_size, overlap, out_shape if out_shape is not None else image_shape)
+    logits_gb = 4e-9 * window_batch * classes * math.prod(patch_size)
+    return working_set(sweep, classes, memory_gb, max(network_gb, logits_gb)).total_gb
 
 
 @torch.inference_mode()
-def _stitch_device(net: nn.Module, batch: Tensor, patch_size: Sequence[int], memory_gb: float) -> torch.device:
-    if batch.device.type == "cpu":
-        return batch.device
-    classes = net(batch.new_zeros((1, batch.shape[1], *patch_size))).shape[1]
-    needed_gb = classes * math.prod(batch.shape[2:]) * batch.element_size() / 1e9
-    return batch.device if needed_gb <= memory_gb else torch.device("cpu")
+def _sweep_windows(
+    sweep: Sweep,
+    image: Tensor,
+    predict: Callable[[Tensor], Tensor],
+    device: torch.device,
+    window_batch: int,
+    memory_gb: float,
+    announce: Callable[[WorkingSet], None] | None,
+) -> NDArray[np.unsignedinteger[Any]]:
+    reduction: Reduction | None = None
+    indices = sweep.windows()
+    while batch := list(islice(indices, max(window_batch, 1))):
+        if reduction is None:
+            with _peak_over_start(device) as peak:
+                logits = _logits(sweep, image, predict, device, batch)
+            label_type(logits.shape[1])
+            plan = working_set(sweep, logits.shape[1], memory_gb, max(peak.gb, logits.nbytes / 1e9), device.type)
+            if announce is not None:
+                announce(plan)
+            reduction = Reduction(sweep, logits.shape[1], plan.dtype, plan.slab, device)
+        else:
+            logits = _logits(sweep, image, predict, device, batch)
+        with torch.autocast(device.type, enabled=False):
+            for index, window in zip(batch, logits, strict=True):
+                reduction.add(index, window)
+        del logits, window  # before the network needs the memory again
+    assert reduction is not None
+    return reduction.labels
+
+
+def _logits(
+    sweep: Sweep,
+    image: Tensor,
+    predict: Callable[[Tensor], Tensor],
+    device: torch.device,
+    batch: Sequence[tuple[int, ...]],
+) -> Tensor:
+    """Logits of a batch of windows as float32; what lies outside the image is 0."""
+    windows = []
+    for index in batch:
+        inside, padding = [slice(None)], list[int]()
+        for axis, j in zip(sweep.axes, index, strict=True):
+            start = axis.starts[j]
+            inside.append(slice(max(start, 0), start + axis.patch))
+            padding = [max(-start, 0), max(start + axis.patch - axis.size, 0), *padding]
+        window = image[tuple(inside)].to(device, torch.float32)
+        windows.append(functional.pad(window, padding) if any(padding) else window)
+    return predict(torch.stack(windows)).float()
+
+
+@dataclass
+class _Peak:
+    gb: float = 0.0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def _peak_over_start(device: torch.device) -> Iterator[_Peak]:
+    """Memory that the block takes at its peak beyond what there was before: allocated on a GPU, resident on a CPU.
+
+    What other threads take in the meantime counts too.
+    """
+    peak = _Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.gb = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+        return
+    import psutil
+
+    process = psutil.Process()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not peak._stop.wait(0.001):
+            peak.gb = max(peak.gb, (process.memory_info().rss - before) / 1e9)
+
+    watcher = threading.Thread(target=watch, name="memory", daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        peak._stop.set()
+        watcher.join()
+
+
+def _round_up(gb: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(gb)) - 2)
+    return math.ceil(gb / unit) * unit

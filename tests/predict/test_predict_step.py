@@ -2,7 +2,10 @@
 
 import multiprocessing
 import random
+import threading
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -15,12 +18,13 @@ from torch import nn
 
 from medseg.bundle import Bundle
 from medseg.cohort import Case, Cohort, write_cohort
-from medseg.files import UserError, read_json, read_rows
+from medseg.files import DiskError, UserError, read_json, read_rows
 from medseg.images import read_image, write_nifti, write_png
 from medseg.ingest.dicom_write import write_series
-from medseg.ledger import read_ledger
+from medseg.ledger import Row, read_ledger
 from medseg.predict import Predictor, step
-from medseg.predict.jobs import read_ahead
+from medseg.predict.jobs import read_ahead, write_behind
+from medseg.predict.outputs import CaseFolder
 from medseg.predict.predictor import called_class
 from medseg.predict.pyfunc import _load_pyfunc
 from medseg.volume import Volume
@@ -242,6 +246,61 @@ def test_reading_stays_one_ahead_and_keeps_order_and_errors() -> None:
         except ValueError as error:
             seen.append(str(error))
     assert seen == [0, 10, "two", 30, 40]
+
+
+def test_writing_stays_one_behind_and_keeps_order_and_errors() -> None:
+    made: list[int] = []
+    written: list[int] = []
+
+    def write(job: int) -> int:
+        time.sleep(0.02)
+        written.append(job)
+        if job == 2:
+            raise ValueError("two")
+        return job * 10
+
+    def work() -> Iterator[tuple[int, Callable[[], int]]]:
+        for job in range(5):
+            made.append(job)
+            assert len(made) <= len(written) + 2
+            yield job, partial(write, job)
+
+    seen: list[object] = []
+    for job, get in write_behind(work()):
+        assert job in written
+        try:
+            seen.append(get())
+        except ValueError as error:
+            seen.append(str(error))
+    assert seen == [0, 10, "two", 30, 40]
+    assert made == written
+
+
+def test_writing_runs_beside_the_network_and_its_errors_reach_their_case(
+    tmp_path: Path, model: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, threads = CaseFolder.write, []
+
+    def failing(folder: CaseFolder, *given: object) -> Row:
+        threads.append(threading.current_thread().name)
+        if folder.path.name == "scan-01":
+            raise RuntimeError("cannot be drawn")
+        return write(folder, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CaseFolder, "write", failing)
+    result = run(model, write_boxes(tmp_path / "scans", 3), tmp_path / "out")
+    assert statuses(tmp_path / "out") == {"scan-00": "done", "scan-01": "failed", "scan-02": "done"}
+    assert "cannot be drawn" in read_json(tmp_path / "out" / "scan-01" / "result.json")["reason"]
+    assert all(name.startswith("write") for name in threads)
+    assert 0 < float(str(result.figures["working_set_gb"])) < 4
+
+    def full(folder: CaseFolder, *given: object) -> Row:
+        raise DiskError("the disk is full")
+
+    monkeypatch.setattr(CaseFolder, "write", full)
+    with pytest.raises(DiskError, match="disk is full"):
+        run(model, tmp_path / "scans", tmp_path / "other")
+    assert read_ledger(tmp_path / "other" / "ledger.csv") == ()
 
 
 def test_python_door_and_pyfunc_serve_by_reference(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from medseg.models.sliding import window_logits
 from medseg.predict import segment_array
-from medseg.predict.windows import label_map
 
 
 class Local(nn.Module):
@@ -78,5 +77,3 @@ def test_mode_is_given_back_and_bad_networks_are_named() -> None:
         segment_array(net, image(8, 8), (8, 8, 8))
     with pytest.raises(ValueError, match="logits must match"):
         segment_array(nn.AvgPool3d(2), image(8, 8, 8), (8, 8, 8))
-    with pytest.raises(ValueError, match="not finite"):
-        label_map(torch.tensor([[[0.0]], [[float("nan")]]]), (1, 1))
