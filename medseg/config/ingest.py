@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from medseg.config.fields import Count, Share, Strict
 
@@ -44,6 +44,11 @@ class IngestConfig(Strict):
     `tilt` is corrected by resampling, or such series are refused. A single modality is also taken to be that of NIfTI
     files, which name none.
 
+    `channels` names the channels that lie in files or series of their own, each with a regular expression (found
+    anywhere, in any case; the longest match counts) for the name of its NIfTI file or its Series Description: files in
+    one folder whose names are otherwise alike, or the series of one study, are one case. `label_name` picks the label
+    map among such files in the same way. Both are empty where one file or series holds a whole case.
+
     `label_threshold` turns a grey mask into a binary one (values above it are 1); `target_names` maps the table's
     class cells to names of `task.labels`; `simulated` says so on every page.
 
@@ -61,6 +66,8 @@ class IngestConfig(Strict):
     plane: tuple[Literal["axial", "coronal", "sagittal"], ...] = ()
     volumes: Literal["all", "first"] = "all"
     tilt: Literal["correct", "refuse"] = "correct"
+    channels: dict[str, str] = Field(default={})
+    label_name: str = ""
     table: TableConfig = TableConfig()
     target_names: dict[str, str] = Field(default={})
     label_threshold: int | None = None
@@ -71,7 +78,7 @@ class IngestConfig(Strict):
     dates: Literal["shift", "drop"] = "shift"
     split: SplitConfig = SplitConfig()
 
-    @field_validator("description")
+    @field_validator("description", "label_name")
     @classmethod
     def _check_pattern(cls, pattern: str) -> str:
         try:
@@ -79,3 +86,20 @@ class IngestConfig(Strict):
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
         return pattern
+
+    @field_validator("channels")
+    @classmethod
+    def _check_channels(cls, channels: dict[str, str]) -> dict[str, str]:
+        for name, pattern in channels.items():
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+                raise ValueError(f"{name!r} becomes part of file names; use letters, digits, '.', '_' and '-'")
+            if not pattern:
+                raise ValueError(f"{name!r} needs a regular expression")
+            cls._check_pattern(pattern)
+        return channels
+
+    @model_validator(mode="after")
+    def _check_label_name(self) -> "IngestConfig":
+        if self.label_name and not self.channels:
+            raise ValueError("label_name picks among the files of ingest.channels, which is empty")
+        return self

@@ -10,6 +10,7 @@ import numpy as np
 from medseg.cohort import Reject
 from medseg.config import IngestConfig
 from medseg.files import sha256_file
+from medseg.ingest.channels import join_series
 from medseg.ingest.dicom_geometry import tilt_of
 from medseg.ingest.dicom_headers import Header
 from medseg.ingest.dicom_volumes import Stack, split_series
@@ -33,7 +34,10 @@ def group(
     for header in headers:
         single = header.modality in RADIOGRAPH_MODALITIES
         series[header.sop_uid if single else header.series_uid].append(header)
-    sources, rejects, places = [], [], {}
+    sources: list[Source] = []
+    rejects: list[Reject] = []
+    places: dict[str, Path] = {}
+    heads: dict[str, Header] = {}
     for uid, members in sorted(series.items()):
         case_id = pseudonym(key, "case", uid) or "case-without-uid"
         count = len({member.path for member in members})
@@ -47,9 +51,18 @@ def group(
                 else:
                     sources.append(made)
                     places[made.case_id] = made.files[0].parent
+                    heads[made.case_id] = members[0]
         except Refused as error:
             rejects.append(error.reject(name))
-    return sources, rejects, places
+    if not config.channels:
+        return sources, rejects, places
+    joined: list[Source] = []
+    for made in join_series(sources, heads, config.channels, key):
+        if isinstance(made, Reject):
+            rejects.append(made)
+        else:
+            joined.append(made)
+    return joined, rejects, places
 
 
 def _series(

@@ -17,6 +17,7 @@ from medseg.ingest.scan import Refused
 
 _HEADER_TAGS = [
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "InstitutionName", "Modality", "ImageType"),
+    *("StudyInstanceUID", "FrameOfReferenceUID"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "InstanceNumber", "SeriesDescription"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
@@ -65,6 +66,8 @@ class Header:
     mosaic: bool = False
     instance: int = 0
     description: str = field(default="", repr=False)
+    study_uid: str = field(default="", repr=False)
+    frame_uid: str = field(default="", repr=False)
     traits: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -262,4 +265,6 @@ def _header(path: Path, root: Path, data: Any, sop_class: str) -> Header:
         mosaic=dicom_frames.is_mosaic(data),
         instance=int(data.get("InstanceNumber") or 0),
         description=str(data.get("SeriesDescription") or ""),
+        study_uid=str(data.get("StudyInstanceUID") or ""),
+        frame_uid=str(data.get("FrameOfReferenceUID") or ""),
     )
