@@ -12,7 +12,7 @@ from medseg.config import IngestConfig
 from medseg.files import sha256_file
 from medseg.ingest.channels import join_series
 from medseg.ingest.dicom_geometry import tilt_of
-from medseg.ingest.dicom_headers import Header
+from medseg.ingest.dicom_headers import UNKNOWN_MOSAIC, Header
 from medseg.ingest.dicom_volumes import Stack, split_series
 from medseg.ingest.pseudonyms import pseudonym
 from medseg.ingest.scan import Refused, Source
@@ -164,7 +164,9 @@ def _check_kind(members: list[Header], config: IngestConfig) -> None:
         raise Refused("description", "Its Series Description does not match ingest.description.")
     if frames := max((member.frames for member in members if not member.planar), default=0):
         raise Refused("multi_frame", f"A file holds {frames} frames and does not say where they lie; export slices.")
-    if any(member.mosaic or {"MOSAIC", "VFRAME"} & set(member.image_type) for member in members):
-        raise Refused("mosaic", "The images are mosaics of slices; export the series as single slices.")
+    if reason := next((member.mosaic for member in members if member.mosaic), ""):
+        raise Refused("mosaic", reason)
+    if any({"MOSAIC", "VFRAME"} & set(member.image_type) for member in members):
+        raise Refused("mosaic", UNKNOWN_MOSAIC)
     if (samples := max(member.samples for member in members)) > 1:
         raise Refused("colour", f"The images have {samples} values per pixel; grey images are needed.")

@@ -12,6 +12,7 @@ from medseg.ingest.dicom_codestream import check_frames
 from medseg.ingest.dicom_frames import frame_value
 from medseg.ingest.dicom_geometry import tilt_of, upright
 from medseg.ingest.dicom_headers import read_dataset
+from medseg.ingest.dicom_mosaic import is_siemens, tiles_of
 from medseg.ingest.scan import Refused, Source
 from medseg.volume import Volume
 
@@ -55,10 +56,17 @@ def _slices(source: Source) -> Iterator[tuple[int, NDArray[Any]]]:
         wanted[file].append((frame, k))
     for file, frames in wanted.items():
         data = read_dataset(source.files[file])
+        if is_siemens(data):
+            tiles, rescale = tiles_of(data, stored_pixels(data)), _rescale(data, None)
+            yield from ((k, _rescaled(tiles[frame], *rescale)) for frame, k in frames)
+            continue
         numbers = [frame for frame, _ in frames]
         grouped = "PerFrameFunctionalGroupsSequence" in data
         for (frame, k), stored in zip(frames, _frames(data, numbers if grouped else []), strict=True):
-            yield k, _rescaled(data, stored, *_rescale(data, frame if grouped else None))
+            if stored.shape != (data.Rows, data.Columns):
+                reason = f"A slice decodes to shape {stored.shape}, which the header does not say."
+                raise Refused("unreadable_pixels", reason)
+            yield k, _rescaled(stored, *_rescale(data, frame if grouped else None))
 
 
 def _frames(data: Any, numbers: list[int]) -> Iterator[NDArray[Any]]:
@@ -140,10 +148,8 @@ def rescale_slope(data: Any) -> float:
     return slope
 
 
-def _rescaled(data: Any, stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
+def _rescaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
     """Modality values of one slice, (row, column): integers when slope and intercept are whole, else float32."""
-    if stored.ndim != 2 or stored.shape != (data.Rows, data.Columns):
-        raise Refused("unreadable_pixels", f"A slice decodes to shape {stored.shape}, which the header does not say.")
     if not np.isfinite(intercept):
         raise Refused("bad_rescale", f"Rescale Intercept {intercept:g} is no number.")
     if slope.is_integer() and intercept.is_integer() and stored.dtype.kind in "iu":
