@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,16 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
 
     Returns:
         A volume of int16, uint16 or int32 where every rescaled value is an integer, else float32; its affine is
-        the source's, or where the gantry was tilted that of the upright grid. Findings: the tilt that was removed.
+        the source's, or where the gantry was tilted that of the upright grid. Findings: padding, and the tilt that was
+        removed.
 
     Raises:
         Refused: a file's pixels are missing, cut short or cannot be decoded.
     """
     assert source.affine is not None
-    count = len(source.slices)
+    count, padding = len(source.slices), _Padding()
     planes: NDArray[Any] = np.empty((0, 0, 0), np.int16)  # (slice, row, column): each slice is one run of memory
-    for k, part in _slices(source):
+    for k, part in _slices(source, padding):
         dtype = part.dtype if part.dtype.kind == "f" else _narrowest(part)
         if planes.size == 0:
             planes = np.empty((count, *part.shape), dtype)
@@ -43,13 +45,57 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
         planes = planes.astype(_narrowest(planes), copy=False)
     volume = Volume(planes.transpose(2, 1, 0), source.affine)
     tilt_deg = tilt_of(source.affine, count)
+    findings = padding.findings(volume.array)
     if not tilt_deg:
-        return volume, ()
+        return volume, findings
     message = f"Gantry tilt of {tilt_deg:.2f} degrees was removed: each slice was shifted within its plane."
-    return upright(volume, float(planes.min())), (Finding("gantry_tilt", "info", message, tilt_deg),)
+    findings += (Finding("gantry_tilt", "info", message, tilt_deg),)
+    return upright(volume, float(planes.min())), findings
 
 
-def _slices(source: Source) -> Iterator[tuple[int, NDArray[Any]]]:
+@dataclass
+class _Padding:
+    """How many voxels of a series are padding, and their rescaled values."""
+
+    count: int = 0
+    values: set[float] = field(default_factory=set)
+
+    def add(self, mask: NDArray[np.bool_] | None, part: NDArray[Any]) -> None:
+        """Count one slice with its mask and rescaled values."""
+        if mask is not None and mask.any():
+            self.count += int(mask.sum())
+            self.values |= {float(part[mask].min()), float(part[mask].max())}
+
+    def findings(self, array: NDArray[Any]) -> tuple[Finding, ...]:
+        """Says that there is padding: voxels outside the field of view, which are kept as they are."""
+        if not self.count:
+            return ()
+        share, low, high = self.count / array.size, min(self.values), max(self.values)
+        span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        bright = low > float(np.median(array))
+        message = f"{share:.1%} of the voxels are padding outside the field of view, with the value {span}"
+        message += ", brighter than most of the image; crop it." if bright else "; they are kept as they are."
+        return (Finding("padding", "warning" if bright else "info", message, round(share, 4)),)
+
+
+def padding_mask(data: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """The pixels that Pixel Padding Value (and Range Limit) mark as outside the image; None when none is marked.
+
+    The value is that of the stored pixels; headers of implicit VR may give a negative one as its unsigned twin.
+    """
+    value = data.get("PixelPaddingValue")
+    if value is None:
+        return None
+    limit = data.get("PixelPaddingRangeLimit")
+    bits, signed = int(data.BitsAllocated), bool(data.PixelRepresentation)
+    ends = sorted(int(number) % (1 << bits) for number in (value, value if limit is None else limit))
+    if signed:
+        ends = sorted(number - (1 << bits) * (number >> (bits - 1)) for number in ends)
+    wide = stored.astype(np.int64)
+    return np.asarray((wide >= ends[0]) & (wide <= ends[1]))
+
+
+def _slices(source: Source, padding: _Padding) -> Iterator[tuple[int, NDArray[Any]]]:
     """Each slice as (k, modality values of (row, column)), file by file: one file is in memory at a time."""
     wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for k, (file, frame) in enumerate(source.slices):
@@ -66,7 +112,9 @@ def _slices(source: Source) -> Iterator[tuple[int, NDArray[Any]]]:
             if stored.shape != (data.Rows, data.Columns):
                 reason = f"A slice decodes to shape {stored.shape}, which the header does not say."
                 raise Refused("unreadable_pixels", reason)
-            yield k, _rescaled(stored, *_rescale(data, frame if grouped else None))
+            part = _rescaled(stored, *_rescale(data, frame if grouped else None))
+            padding.add(padding_mask(data, stored), part)
+            yield k, part
 
 
 def _frames(data: Any, numbers: list[int]) -> Iterator[NDArray[Any]]:
