@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -162,7 +163,7 @@ def read_header(path: Path, root: Path) -> tuple[Header, ...] | None:
         return None
     if marked and start[132:136] in (b"", bytes(4)):  # read without end, element by element, if it is all zeros
         raise Refused("unreadable_dicom", "The DICOM file is damaged (no element follows its mark); export it again.")
-    data = read_dataset(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
+    data = read_dataset(path, stop_before_pixels=True, specific_tags=_header_tags())
     try:
         sop_class = str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or "")
         if sop_class == _DICOMDIR or not (sop_class or marked):
@@ -173,6 +174,14 @@ def read_header(path: Path, root: Path) -> tuple[Header, ...] | None:
         raise
     except Exception as error:  # values are parsed when they are asked for, and may be anything
         raise Refused("unreadable_dicom", _damage(error)) from error
+
+
+@cache
+def _header_tags() -> list[Any]:
+    """The tags as numbers: pydicom looks names up anew for every file."""
+    from pydicom.tag import Tag
+
+    return [Tag(name) for name in _HEADER_TAGS]
 
 
 def read_headers(

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,17 +87,16 @@ def read_source(source: Source) -> Scan:
     Raises:
         Refused: they are damaged, or no grid of grey values; carries code and sentence.
     """
-    try:
-        digest = sha256_file(source.files[0]) if len(source.files) == 1 else sha256_files(source.files)
-    except OSError as error:
-        raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
-    try:
-        channels, findings = _read_channels(source)
-    except Refused:
-        raise
-    except Exception as error:  # values of damaged headers are parsed where they are used, and may be anything
-        name = type(error).__name__
-        raise Refused("unreadable", f"The file is damaged ({name}); copy or export it again.") from error
+    with ThreadPoolExecutor(1) as beside:  # hashing and decoding leave the interpreter to each other
+        hashing = beside.submit(_digest, source)
+        try:
+            channels, findings = _read_channels(source)
+        except Refused:
+            raise
+        except Exception as error:  # values of damaged headers are parsed where they are used, and may be anything
+            name = type(error).__name__
+            raise Refused("unreadable", f"The file is damaged ({name}); copy or export it again.") from error
+    digest = hashing.result()
     return Scan(
         case_id=source.case_id,
         patient_id=source.patient_id,
@@ -108,6 +108,13 @@ def read_source(source: Source) -> Scan:
         source_sha256=digest,
         findings=findings,
     )
+
+
+def _digest(source: Source) -> str:
+    try:
+        return sha256_file(source.files[0]) if len(source.files) == 1 else sha256_files(source.files)
+    except OSError as error:
+        raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
 
 
 def _existing(source: Path) -> Path:
