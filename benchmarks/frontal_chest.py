@@ -68,7 +68,10 @@ def main() -> None:
         for path in sorted(folder.rglob("*.nii*")):
             array = np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
             for axis in range(3):
-                count(f"slices of {folder.name}", np.rot90(np.take(array, array.shape[axis] // 2, axis)))
+                count(
+                    f"slices of {folder.parent.name}/{folder.name}",
+                    np.rot90(np.take(array, array.shape[axis] // 2, axis)),
+                )
     for kind, image in others():
         count(kind, image)
     print("| picture | number | refused (turned) | flagged (doubtful) |\n|---|---|---|---|")

@@ -37,7 +37,7 @@ def check_frontal(image: NDArray[Any]) -> Iterator[Finding]:
     best = int(np.argmax(turned))
     if turned[best] >= DOUBTFUL_LIKENESS and turned[best] - upright > TURN_MARGIN:
         message = (
-            f"The picture looks like a frontal chest radiograph that was turned by {(270, 180, 90)[best]} degrees "
+            f"The picture looks like a frontal chest radiograph that was turned by {90 * (best + 1)} degrees "
             f"clockwise (likeness {turned[best]:.2f} upright, {upright:.2f} as it is)."
         )
         yield Finding("not_frontal_chest", "warning", message, round(turned[best] - upright, 3), TURN_MARGIN)
