@@ -15,6 +15,8 @@ from medseg.tracking.failure import scrub
 def leave_artifacts(result: Result, workspace: Path) -> Result:
     """Leave the figures as table `medseg-<step>`, and the link `medseg-<step>-run` to the run if there is one.
 
+    Prefect takes no underscore in these keys.
+
     Text loses paths outside the workspace: they may carry names of patients.
 
     Returns:
@@ -22,10 +24,11 @@ def leave_artifacts(result: Result, workspace: Path) -> Result:
     """
     rows = [{"figure": name, "value": _cell(value, workspace)} for name, value in _flat(plain(result.figures)).items()]
     about = f"{result.step}: {result.status}" + (f", run {result.run_id}" if result.run_id else "")
-    create_table_artifact(rows, key=f"medseg-{result.step}", description=about)
+    key = f"medseg-{result.step.replace('_', '-')}"
+    create_table_artifact(rows, key=key, description=about)
     url = run_url(find_run(workspace, result.run_id)) if result.run_id else ""
     if url:
-        create_link_artifact(url, result.run_id, key=f"medseg-{result.step}-run", description="The run in MLflow")
+        create_link_artifact(url, result.run_id, key=f"{key}-run", description="The run in MLflow")
     return result
 
 

@@ -1,5 +1,6 @@
 """One identity: the name of a flow run is the id of its run, which is the name in MLflow and the folder in `runs/`."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 
 from medseg.files import UserError, default_workspace
+from medseg.ingest import pacs
 from medseg.runs import find_run, new_run_id, read_run
 
 
@@ -60,3 +62,11 @@ def take_name(run_id: str) -> None:
 
 def _step() -> str:
     return str(runtime.flow_run.flow_name).removeprefix("medseg-")
+
+
+def refuse_named(sources: Sequence[str]) -> None:
+    """Raises UserError for an address of a PACS that names a patient: Prefect keeps parameters and shows them."""
+    for source in sources:
+        if pacs.is_address(source):
+            why = "Prefect stores and shows the parameters of a flow (delete this flow run)"
+            pacs.refuse_named(source, f"{why}; a named patient's scans are for the command line")

@@ -23,6 +23,7 @@ from flows.identity import (
     name_by_step,
     name_new_run,
     prefect_tags,
+    refuse_named,
     take_name,
     workspace_folder,
 )
@@ -46,13 +47,14 @@ def ingest_flow(
     """Turn scans into a cohort; run again, it takes in what is new.
 
     Args:
-        sources: folders, files or archives of scans.
+        sources: folders, files or archives of scans, or the address of a PACS with a query that names no patient.
         cohort: folder of the cohort.
         labels: folder of label maps, or a CSV table.
         config: path or name of the config whose labels are checked.
         overrides: `a.b=c`, as `--set` takes them.
         workspace: by default `MEDSEG_WORKSPACE`.
     """
+    refuse_named(sources)
     place = workspace_folder(workspace)
     table = Path(labels) if labels else None
 
@@ -136,6 +138,7 @@ def predict_flow(
         workspace: by default `MEDSEG_WORKSPACE`.
         run_id: id for the batch's run; by default a new one.
     """
+    refuse_named(scans)
     place = workspace_folder(workspace)
     identity, tags = current_run_id(), prefect_tags()
 

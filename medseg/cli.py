@@ -112,6 +112,9 @@ def predict(
     model: ModelArg,
     scans: Annotated[list[str], typer.Argument(metavar="SCANS...", help="Whatever ingest takes, or a cohort.")],
     out: Annotated[Path, typer.Option(help="Where masks and the ledger go.")],
+    store: Annotated[
+        str | None, typer.Option(metavar="dicomweb://…", help="PACS that gets the DICOM results beside their scans.")
+    ] = None,
     workspace: Workspace = None,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +122,7 @@ def predict(
     from medseg import road
 
     then = _command("report", str(out), workspace)
-    _finish(lambda: road.predict(model, scans, out, _workspace(workspace)), as_json, then)
+    _finish(lambda: road.predict(model, scans, out, _workspace(workspace), store_in=store), as_json, then)
 
 
 @app.command()

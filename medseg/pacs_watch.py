@@ -28,7 +28,6 @@ from medseg.runs import new_run_id
 from medseg.tracking.failure import scrub
 
 Stage = Literal["seen", "fetched", "predicted", "storing", "done", "failed"]
-_PATIENTS = ("PatientID", "PatientName", "StudyInstanceUID", "AccessionNumber", "SeriesInstanceUID")
 _MAX_ATTEMPTS = 3
 
 
@@ -113,9 +112,8 @@ def run(model: str, url: str, out: Path, workspace: Path, *, stable_s: float = 6
     Raises:
         UserError: the server cannot be used, the rule names a patient, or another process is at it.
     """
+    pacs.refuse_named(url, "the rule of a watch is stored and shown")
     server, query = pacs.parse_address(url)
-    if named := [key for key in (*query.study, *query.series) if key in _PATIENTS]:
-        raise UserError(f"the rule of a watch is stored and shown; it may not name {named[0]}, use other attributes.")
     key = load_key(workspace / "pseudonym.key")
     place = pseudonym(key, "watch", f"{server.base}\0{model}\0{out.absolute()}")
     journal, counts = Journal(workspace / "pacs" / place), dict.fromkeys(("done", "waiting", "known", "failed"), 0)

@@ -154,11 +154,19 @@ def predict(
     *,
     run_id: str | None = None,
     tags: dict[str, str] | None = None,
+    store_in: str | None = None,
 ) -> Result:
-    """Segment or classify scans into `out`, explain, and keep the batch as a run. Run again, it goes on."""
+    """Segment or classify scans into `out`, explain, and keep the batch as a run. Run again, it goes on.
+
+    Args:
+        store_in: address of the PACS that gets the DICOM results; see `store`.
+    """
     from medseg.cohort import read_cohort
+    from medseg.ingest.pacs_http import parse_server
     from medseg.tracking import track
 
+    if store_in:
+        parse_server(store_in)  # a wrong address is told before the work
     bundle = _bundle(model, workspace)
     config = bundle.config
     with _at_hand(scans, workspace) as paths:
@@ -170,7 +178,8 @@ def predict(
             tracker.log_metrics(_numbers(result), step=0)
             tracker.log_artifact(_nameless_ledger(result.paths["ledger"], folder.path, workspace, is_cohort))
             tracker.log_artifact(result.paths["summary"])
-    return Result("predict", result.status, {**result.paths, "run": folder.path}, result.figures, folder.id)
+    sent = store(out, store_in).figures if store_in else {}
+    return Result("predict", result.status, {**result.paths, "run": folder.path}, {**result.figures, **sent}, folder.id)
 
 
 def explain(model: str, scans: Sequence[str], out: Path, workspace: Path) -> Result:

@@ -63,6 +63,12 @@ class Config(Strict):
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")
+        if self.ingest.channels and (tuple(self.ingest.channels) != self.task.channels or self.task.spatial_dims != 3):
+            names = ", ".join(self.task.channels)
+            raise ValueError(
+                f"ingest.channels names {', '.join(self.ingest.channels)}; it must name task.channels ({names}), in "
+                "their order, of a task with spatial_dims 3"
+            )
         return self
 
     def _check_sizes(self) -> None:

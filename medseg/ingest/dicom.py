@@ -10,8 +10,9 @@ import numpy as np
 from medseg.cohort import Reject
 from medseg.config import IngestConfig
 from medseg.files import sha256_file
+from medseg.ingest.channels import join_series
 from medseg.ingest.dicom_geometry import tilt_of
-from medseg.ingest.dicom_headers import Header
+from medseg.ingest.dicom_headers import UNKNOWN_MOSAIC, Header
 from medseg.ingest.dicom_volumes import Stack, split_series
 from medseg.ingest.pseudonyms import pseudonym
 from medseg.ingest.scan import Refused, Source
@@ -33,7 +34,10 @@ def group(
     for header in headers:
         single = header.modality in RADIOGRAPH_MODALITIES
         series[header.sop_uid if single else header.series_uid].append(header)
-    sources, rejects, places = [], [], {}
+    sources: list[Source] = []
+    rejects: list[Reject] = []
+    places: dict[str, Path] = {}
+    heads: dict[str, Header] = {}
     for uid, members in sorted(series.items()):
         case_id = pseudonym(key, "case", uid) or "case-without-uid"
         count = len({member.path for member in members})
@@ -47,9 +51,18 @@ def group(
                 else:
                     sources.append(made)
                     places[made.case_id] = made.files[0].parent
+                    heads[made.case_id] = members[0]
         except Refused as error:
             rejects.append(error.reject(name))
-    return sources, rejects, places
+    if not config.channels:
+        return sources, rejects, places
+    joined: list[Source] = []
+    for made in join_series(sources, heads, config.channels, key):
+        if isinstance(made, Reject):
+            rejects.append(made)
+        else:
+            joined.append(made)
+    return joined, rejects, places
 
 
 def _series(
@@ -151,7 +164,9 @@ def _check_kind(members: list[Header], config: IngestConfig) -> None:
         raise Refused("description", "Its Series Description does not match ingest.description.")
     if frames := max((member.frames for member in members if not member.planar), default=0):
         raise Refused("multi_frame", f"A file holds {frames} frames and does not say where they lie; export slices.")
-    if any(member.mosaic or {"MOSAIC", "VFRAME"} & set(member.image_type) for member in members):
-        raise Refused("mosaic", "The images are mosaics of slices; export the series as single slices.")
+    if reason := next((member.mosaic for member in members if member.mosaic), ""):
+        raise Refused("mosaic", reason)
+    if any({"MOSAIC", "VFRAME"} & set(member.image_type) for member in members):
+        raise Refused("mosaic", UNKNOWN_MOSAIC)
     if (samples := max(member.samples for member in members)) > 1:
         raise Refused("colour", f"The images have {samples} values per pixel; grey images are needed.")

@@ -72,8 +72,20 @@ def traits_of(data: Any) -> tuple[str, ...]:
 
 def is_mosaic(data: Any) -> bool:
     """Whether one picture holds many slices side by side, as Siemens and United Imaging write them."""
-    tiles = (data[tag].value for tag in MOSAIC_TAGS if tag in data)
-    return any(str(value).strip().isdigit() and int(value) > 1 for value in tiles)
+    return any(tile_count(data, tag) > 1 for tag in MOSAIC_TAGS)
+
+
+def tile_count(data: Any, tag: int) -> int:
+    """The number of slices in a picture by one of `MOSAIC_TAGS`; 0 when it does not say.
+
+    A private element of implicit VR comes as bytes: two of them are a number, others its digits.
+    """
+    value = data[tag].value if tag in data else None
+    if isinstance(value, bytes) and len(value) == 2 and not value.isdigit():
+        return int.from_bytes(value, "little")
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    text = text.strip(" \0")
+    return int(text) if text.isdecimal() and len(text) < 6 else 0
 
 
 def numbers(value: Any) -> tuple[float, ...]:

@@ -6,23 +6,26 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from medseg.ingest import dicom_frames
+from medseg.ingest import dicom_frames, dicom_mosaic
 from medseg.ingest.deidentify import known_modality
 from medseg.ingest.scan import Refused
 
 _HEADER_TAGS = [
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "InstitutionName", "Modality", "ImageType"),
+    *("StudyInstanceUID", "FrameOfReferenceUID"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "InstanceNumber", "SeriesDescription"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *dicom_frames.TRAIT_TAGS,
     *dicom_frames.MOSAIC_TAGS,
 ]
+UNKNOWN_MOSAIC = "The images are mosaics of slices; export the series as single slices."
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _START_BYTES = 4096
@@ -39,8 +42,8 @@ class Header:
     """What ordering needs of one image: a file, or one frame of a multi-frame file. Lengths in mm, directions LPS.
 
     `frame` counts from 0 within the file. `planar` is False for multi-frame files that do not say, frame by frame,
-    where each lies. `traits` are what may tell the volumes of one series apart, in the order of
-    `dicom_frames.TRAITS`.
+    where each lies. `mosaic` says why the slices of a mosaic cannot be placed; it is empty otherwise, and the slices
+    count as frames. `traits` are what may tell the volumes of one series apart, in the order of `dicom_frames.TRAITS`.
     """
 
     path: Path = field(repr=False)
@@ -62,9 +65,11 @@ class Header:
     spacing: tuple[float, ...]
     frame: int = 0
     planar: bool = True
-    mosaic: bool = False
+    mosaic: str = ""
     instance: int = 0
     description: str = field(default="", repr=False)
+    study_uid: str = field(default="", repr=False)
+    frame_uid: str = field(default="", repr=False)
     traits: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -158,7 +163,7 @@ def read_header(path: Path, root: Path) -> tuple[Header, ...] | None:
         return None
     if marked and start[132:136] in (b"", bytes(4)):  # read without end, element by element, if it is all zeros
         raise Refused("unreadable_dicom", "The DICOM file is damaged (no element follows its mark); export it again.")
-    data = read_dataset(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
+    data = read_dataset(path, stop_before_pixels=True, specific_tags=_header_tags())
     try:
         sop_class = str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or "")
         if sop_class == _DICOMDIR or not (sop_class or marked):
@@ -169,6 +174,14 @@ def read_header(path: Path, root: Path) -> tuple[Header, ...] | None:
         raise
     except Exception as error:  # values are parsed when they are asked for, and may be anything
         raise Refused("unreadable_dicom", _damage(error)) from error
+
+
+@cache
+def _header_tags() -> list[Any]:
+    """The tags as numbers: pydicom looks names up anew for every file."""
+    from pydicom.tag import Tag
+
+    return [Tag(name) for name in _HEADER_TAGS]
 
 
 def read_headers(
@@ -220,6 +233,8 @@ def _check_size(path: Path, data: Any) -> None:
 
 def _headers(path: Path, root: Path, data: Any, sop_class: str) -> tuple[Header, ...]:
     whole = _header(path, root, data, sop_class)
+    if dicom_mosaic.is_siemens(data) and whole.frames == 1:
+        return _tiles(path, data, whole)
     if "PerFrameFunctionalGroupsSequence" not in data:
         return (replace(whole, planar=whole.frames == 1, traits=dicom_frames.traits_of(data)),)
     planes = dicom_frames.planes(data)
@@ -233,10 +248,32 @@ def _headers(path: Path, root: Path, data: Any, sop_class: str) -> tuple[Header,
             orientation=plane.orientation,
             spacing=plane.spacing,
             image_type=plane.frame_type or whole.image_type,
-            mosaic=whole.mosaic or plane.mosaic,
+            mosaic=whole.mosaic or UNKNOWN_MOSAIC * plane.mosaic,
             traits=plane.traits,
         )
         for number, plane in enumerate(planes)
+    )
+
+
+def _tiles(path: Path, data: Any, whole: Header) -> tuple[Header, ...]:
+    """One header per slice of a mosaic; the whole, marked, when its slices cannot be placed."""
+    private = read_dataset(path, stop_before_pixels=True, specific_tags=dicom_mosaic.TAGS)
+    try:
+        mosaic = dicom_mosaic.read_mosaic(data, private)
+    except Refused as error:
+        return (replace(whole, mosaic=error.reason),)
+    return tuple(
+        replace(
+            whole,
+            frame=number,
+            position=tuple(map(float, position)),
+            rows=mosaic.rows,
+            columns=mosaic.columns,
+            mosaic="",
+            image_type=tuple(part for part in whole.image_type if part != "MOSAIC"),
+            traits=dicom_frames.traits_of(data),
+        )
+        for number, position in enumerate(mosaic.positions)
     )
 
 
@@ -259,7 +296,9 @@ def _header(path: Path, root: Path, data: Any, sop_class: str) -> Header:
         position=dicom_frames.numbers(data.get("ImagePositionPatient")),
         orientation=dicom_frames.numbers(data.get("ImageOrientationPatient")),
         spacing=dicom_frames.numbers(data.get("PixelSpacing")),
-        mosaic=dicom_frames.is_mosaic(data),
+        mosaic=UNKNOWN_MOSAIC * dicom_frames.is_mosaic(data),
         instance=int(data.get("InstanceNumber") or 0),
         description=str(data.get("SeriesDescription") or ""),
+        study_uid=str(data.get("StudyInstanceUID") or ""),
+        frame_uid=str(data.get("FrameOfReferenceUID") or ""),
     )

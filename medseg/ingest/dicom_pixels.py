@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from medseg.ingest.dicom_codestream import check_frames
 from medseg.ingest.dicom_frames import frame_value
 from medseg.ingest.dicom_geometry import tilt_of, upright
 from medseg.ingest.dicom_headers import read_dataset
+from medseg.ingest.dicom_mosaic import is_siemens, tiles_of
 from medseg.ingest.scan import Refused, Source
 from medseg.volume import Volume
+
+_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99")  # little endian, also deflated
 
 
 def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
@@ -21,15 +25,16 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
 
     Returns:
         A volume of int16, uint16 or int32 where every rescaled value is an integer, else float32; its affine is
-        the source's, or where the gantry was tilted that of the upright grid. Findings: the tilt that was removed.
+        the source's, or where the gantry was tilted that of the upright grid. Findings: padding, and the tilt that was
+        removed.
 
     Raises:
         Refused: a file's pixels are missing, cut short or cannot be decoded.
     """
     assert source.affine is not None
-    count = len(source.slices)
+    count, padding = len(source.slices), _Padding()
     planes: NDArray[Any] = np.empty((0, 0, 0), np.int16)  # (slice, row, column): each slice is one run of memory
-    for k, part in _slices(source):
+    for k, part in _slices(source, padding):
         dtype = part.dtype if part.dtype.kind == "f" else _narrowest(part)
         if planes.size == 0:
             planes = np.empty((count, *part.shape), dtype)
@@ -42,23 +47,76 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
         planes = planes.astype(_narrowest(planes), copy=False)
     volume = Volume(planes.transpose(2, 1, 0), source.affine)
     tilt_deg = tilt_of(source.affine, count)
+    findings = padding.findings(volume.array)
     if not tilt_deg:
-        return volume, ()
+        return volume, findings
     message = f"Gantry tilt of {tilt_deg:.2f} degrees was removed: each slice was shifted within its plane."
-    return upright(volume, float(planes.min())), (Finding("gantry_tilt", "info", message, tilt_deg),)
+    findings += (Finding("gantry_tilt", "info", message, tilt_deg),)
+    return upright(volume, float(planes.min())), findings
 
 
-def _slices(source: Source) -> Iterator[tuple[int, NDArray[Any]]]:
+@dataclass
+class _Padding:
+    """How many voxels of a series are padding, and their rescaled values."""
+
+    count: int = 0
+    values: set[float] = field(default_factory=set)
+
+    def add(self, mask: NDArray[np.bool_] | None, part: NDArray[Any]) -> None:
+        """Count one slice with its mask and rescaled values."""
+        if mask is not None and mask.any():
+            self.count += int(mask.sum())
+            self.values |= {float(part[mask].min()), float(part[mask].max())}
+
+    def findings(self, array: NDArray[Any]) -> tuple[Finding, ...]:
+        """Says that there is padding: voxels outside the field of view, which are kept as they are."""
+        if not self.count:
+            return ()
+        share, low, high = self.count / array.size, min(self.values), max(self.values)
+        span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        bright = low > float(np.median(array))
+        message = f"{share:.1%} of the voxels are padding outside the field of view, with the value {span}"
+        message += ", brighter than most of the image; crop it." if bright else "; they are kept as they are."
+        return (Finding("padding", "warning" if bright else "info", message, round(share, 4)),)
+
+
+def padding_mask(data: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """The pixels that Pixel Padding Value (and Range Limit) mark as outside the image; None when none is marked.
+
+    The value is that of the stored pixels; headers of implicit VR may give a negative one as its unsigned twin.
+    """
+    value = data.get("PixelPaddingValue")
+    if value is None:
+        return None
+    limit = data.get("PixelPaddingRangeLimit")
+    bits, signed = int(data.BitsAllocated), bool(data.PixelRepresentation)
+    ends = sorted(int(number) % (1 << bits) for number in (value, value if limit is None else limit))
+    if signed:
+        ends = sorted(number - (1 << bits) * (number >> (bits - 1)) for number in ends)
+    wide = stored.astype(np.int64)
+    return np.asarray((wide >= ends[0]) & (wide <= ends[1]))
+
+
+def _slices(source: Source, padding: _Padding) -> Iterator[tuple[int, NDArray[Any]]]:
     """Each slice as (k, modality values of (row, column)), file by file: one file is in memory at a time."""
     wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for k, (file, frame) in enumerate(source.slices):
         wanted[file].append((frame, k))
     for file, frames in wanted.items():
         data = read_dataset(source.files[file])
+        if is_siemens(data):
+            tiles, rescale = tiles_of(data, stored_pixels(data)), _rescale(data, None)
+            yield from ((k, _rescaled(tiles[frame], *rescale)) for frame, k in frames)
+            continue
         numbers = [frame for frame, _ in frames]
         grouped = "PerFrameFunctionalGroupsSequence" in data
         for (frame, k), stored in zip(frames, _frames(data, numbers if grouped else []), strict=True):
-            yield k, _rescaled(data, stored, *_rescale(data, frame if grouped else None))
+            if stored.shape != (data.Rows, data.Columns):
+                reason = f"A slice decodes to shape {stored.shape}, which the header does not say."
+                raise Refused("unreadable_pixels", reason)
+            part = _rescaled(stored, *_rescale(data, frame if grouped else None))
+            padding.add(padding_mask(data, stored), part)
+            yield k, part
 
 
 def _frames(data: Any, numbers: list[int]) -> Iterator[NDArray[Any]]:
@@ -115,7 +173,9 @@ def stored_pixels(data: Any, decode: Callable[[], NDArray[Any]] | None = None) -
     if decode is None:
         _check_codestreams(data)
     try:
-        array: NDArray[Any] = data.pixel_array if decode is None else decode()
+        array: NDArray[Any] | None = _plain_pixels(data) if decode is None else decode()
+        if array is None:
+            array = data.pixel_array
         allocated, stored = int(data.BitsAllocated), int(data.BitsStored)
     except MemoryError as error:
         raise Refused("too_large", "The pixels do not fit into memory.") from error
@@ -132,6 +192,24 @@ def stored_pixels(data: Any, decode: Callable[[], NDArray[Any]] | None = None) -
     return array
 
 
+def _plain_pixels(data: Any) -> NDArray[Any] | None:
+    """The pixels of one uncompressed grey frame, read-only; None for all else, which pydicom's decoders take.
+
+    Most scans are such, and setting up a decoder takes ten times as long as this does.
+    """
+    syntax = getattr(getattr(data, "file_meta", None), "TransferSyntaxUID", "")
+    if syntax not in _PLAIN or int(data.get("NumberOfFrames") or 1) != 1 or data.SamplesPerPixel != 1:
+        return None
+    rows, columns, bits, content = int(data.Rows), int(data.Columns), int(data.BitsAllocated), data.get("PixelData")
+    size = rows * columns * bits // 8
+    if bits not in (8, 16) or data.PixelRepresentation not in (0, 1) or content is None:
+        return None
+    if len(content) != size + size % 2:  # cut short, or with a tail to be warned about
+        return None
+    kind = f"<{'ui'[data.PixelRepresentation]}{bits // 8}"
+    return np.frombuffer(content, kind, rows * columns).reshape(rows, columns)
+
+
 def rescale_slope(data: Any) -> float:
     """Rescale Slope, 1 when it is not given. Raises Refused when it would make every pixel the same."""
     slope = float(data.get("RescaleSlope", 1) or 0)
@@ -140,10 +218,8 @@ def rescale_slope(data: Any) -> float:
     return slope
 
 
-def _rescaled(data: Any, stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
+def _rescaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
     """Modality values of one slice, (row, column): integers when slope and intercept are whole, else float32."""
-    if stored.ndim != 2 or stored.shape != (data.Rows, data.Columns):
-        raise Refused("unreadable_pixels", f"A slice decodes to shape {stored.shape}, which the header does not say.")
     if not np.isfinite(intercept):
         raise Refused("bad_rescale", f"Rescale Intercept {intercept:g} is no number.")
     if slope.is_integer() and intercept.is_integer() and stored.dtype.kind in "iu":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medseg.cohort import Finding
 from medseg.ingest.deidentify import burned_in
 from medseg.ingest.dicom_headers import read_dataset
-from medseg.ingest.dicom_pixels import rescale_slope, stored_pixels
+from medseg.ingest.dicom_pixels import padding_mask, rescale_slope, stored_pixels
 from medseg.ingest.radiograph import check_view
 from medseg.ingest.scan import Refused, Source
 from medseg.volume import Volume
@@ -42,7 +42,7 @@ def read_radiograph(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
     if stored.ndim != 2 or bits > 16:
         raise Refused("not_grey", f"Pixels of shape {stored.shape} with {bits} bits are no grey radiograph.")
     array = _windowed(data, stored) if source.windowed and _has_window(data) else _all_levels(data, stored, bits)
-    padding = _padding(data, stored.astype(np.int32))
+    padding = padding_mask(data, stored)
     if padding is not None:
         array[padding] = 0
     spacing_mm, findings = _spacing(data)
@@ -99,16 +99,6 @@ def _output_range(data: Any) -> tuple[float, float]:
     low = -(1 << (bits - 1)) if signed else 0
     ends = np.array([low, low + (1 << bits) - 1]) * rescale_slope(data) + float(data.get("RescaleIntercept", 0) or 0)
     return float(ends.min()), float(ends.max())
-
-
-def _padding(data: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """Pixels outside the exposed field, where Pixel Padding Value (and Range Limit) mark them."""
-    value = data.get("PixelPaddingValue")
-    if value is None:
-        return None
-    limit = data.get("PixelPaddingRangeLimit")
-    ends = sorted((int(value), int(value if limit is None else limit)))
-    return np.asarray((stored >= ends[0]) & (stored <= ends[1]))
 
 
 def _spacing(data: Any) -> tuple[tuple[float, float] | None, list[Finding]]:

@@ -68,7 +68,10 @@ def draft_config(overrides: Sequence[str]) -> Draft:
     if not isinstance(given, dict):
         raise UserError(f"--set task={given!r}: task is a group of fields; set task.labels, say.")
     first = 0 if given.get("kind") == "classification" else 1
-    open_task = {"kind": "segmentation", **given, "labels": {"label": first}}
+    ingest = tree.get("ingest", {})
+    named = ingest.get("channels") if isinstance(ingest, dict) else None
+    channels = {"channels": tuple(named)} if named and isinstance(named, dict) else {}
+    open_task = {"kind": "segmentation", **channels, **given, "labels": {"label": first}}
     rest = {name: value for name, value in tree.items() if name not in ("model", "loss")}  # they depend on the task
     start = _config(rest, open_task)
     return Draft(tree, start.ingest, start.report)
@@ -113,6 +116,7 @@ def guess_task(
     flat = kinds["radiograph"] > kinds["volume"]
     count = _channels([source for source in found if (source.kind == "radiograph") == flat])
     channels = ("image",) if count == 1 else tuple(f"image_{number}" for number in range(count))
+    channels = tuple(config.channels) or channels
     return TaskConfig(kind=kind, labels=names, channels=channels, spatial_dims=2 if flat else 3)
 
 

@@ -63,8 +63,13 @@ def _match_layouts(sources: Sequence[Source]) -> Matched:
     by_folder: dict[Path | None, list[Source]] = defaultdict(list)
     for source in sources:
         by_folder[source.label_dir].append(source)
-    pairs = [(source, Truth()) for source in by_folder.pop(None, [])]
-    rejects: list[Reject] = []
+    alone = by_folder.pop(None, [])
+    lacking = [source for source in alone if source.label is None and any(other.label for other in alone)]
+    pairs = [(source, Truth(label=source.label)) for source in alone if source not in lacking]
+    rejects = [
+        Reject(source.name, _NOT_GIVEN, "No file beside it matches ingest.label_name; add its label map.")
+        for source in lacking
+    ]
     for folder, members in by_folder.items():
         assert folder is not None
         found, refused = _match_folder(members, folder, named=folder.name)

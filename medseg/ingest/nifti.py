@@ -1,5 +1,6 @@
 """Read NIfTI volumes: one or several channels on one grid, with the affine the header means."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,23 @@ def read_channels(paths: tuple[Any, ...]) -> tuple[tuple[Volume, ...], tuple[Fin
         volumes, found = _read_file(path)
         channels += volumes
         findings += found
+    check_one_grid(channels)
+    return tuple(channels), tuple(findings)
+
+
+def check_one_grid(channels: Sequence[Volume]) -> None:
+    """Raises Refused with the offset in mm when a channel does not lie on the grid of the first, voxel for voxel."""
     for number, channel in enumerate(channels[1:], start=2):
         offset = grid_offset_mm(channels[0], channel)
-        if offset is None or offset > grid_tolerance_mm(channels[0]):
-            where = f"lies {offset:.3g} mm away" if offset is not None else f"has shape {channel.array.shape}"
-            raise Refused("channel_grid", f"Channel {number} {where} from the grid of channel 1; register them first.")
-    return tuple(channels), tuple(findings)
+        if offset is None:
+            shapes = [" × ".join(map(str, each.array.shape)) for each in (channel, channels[0])]
+            start_mm = float(np.linalg.norm(channel.affine[:3, 3] - channels[0].affine[:3, 3]))
+            where = f"has {shapes[0]} voxels, not {shapes[1]}, and begins {start_mm:.3g} mm away"
+        elif offset > grid_tolerance_mm(channels[0]):
+            where = f"lies {offset:.3g} mm away"
+        else:
+            continue
+        raise Refused("channel_grid", f"Channel {number} {where} from the grid of channel 1; register them first.")
 
 
 def grid_offset_mm(first: Volume, second: Volume) -> float | None:

@@ -27,6 +27,7 @@ _WHO = ("PatientID", "PatientName", "StudyInstanceUID", "StudyDate", "AccessionN
 STUDY_KEYS = (*_WHO, "StudyDescription", "ModalitiesInStudy")
 SERIES_KEYS = ("Modality", "SeriesInstanceUID", "SeriesDescription", "BodyPartExamined")
 NO_SCANS = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "FID")
+_NAMING = ("PatientID", "PatientName", "StudyInstanceUID", "AccessionNumber", "SeriesInstanceUID")
 _STUDY_UID, _SERIES_UID, _SOP_UID = "0020000D", "0020000E", "00080018"
 _MODALITY, _INSTANCES = "00080060", "00201209"
 _FAILED, _REASON = "00081198", "00081197"
@@ -55,6 +56,13 @@ class Series:
 def is_address(source: str) -> bool:
     """Whether a source is the address of a PACS."""
     return source.partition("://")[0] in SCHEMES
+
+
+def refuse_named(url: str, why: str) -> None:
+    """Raises UserError when the query of an address names a patient or an examination, for the reason `why`."""
+    server, query = parse_address(url)
+    if named := [key for key in (*query.study, *query.series) if key in _NAMING]:
+        raise UserError(f"{server.name}: {why}; it may not name {named[0]}, use other attributes.")
 
 
 def parse_address(url: str) -> tuple[Server, Query]:

@@ -4,13 +4,14 @@ A finding that `ingest.refuse` names keeps the scan out, and so does one of seve
 work on; the others travel with the case.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Finding
 from medseg.config import IngestConfig
+from medseg.ingest.frontal import check_frontal
 from medseg.ingest.scan import Refused, Scan
 from medseg.volume import Volume
 
@@ -38,7 +39,7 @@ def check(scan: Scan, config: IngestConfig | None = None) -> tuple[Finding, ...]
     config = config or IngestConfig()
     findings = list(scan.findings)
     first = scan.channels[0]
-    findings += _check_volume_grid(first) if scan.kind == "volume" else _check_radiograph_grid(first)
+    findings += _check_volume_grid(first) if scan.kind == "volume" else _check_radiograph_grid(first, findings)
     assumed = config.modality[0] if len(config.modality) == 1 and scan.kind == "volume" else ""
     for channel in scan.channels:
         findings += _check_values(channel.array, scan.modality or assumed)
@@ -72,10 +73,12 @@ def _check_volume_grid(volume: Volume) -> Iterator[Finding]:
             yield Finding("implausible_extent", "warning", message, round(extent, 4), threshold)
 
 
-def _check_radiograph_grid(image: Volume) -> Iterator[Finding]:
+def _check_radiograph_grid(image: Volume, known: Sequence[Finding]) -> Iterator[Finding]:
     if (side := min(image.array.shape)) < MIN_RADIOGRAPH_PIXELS:
         message = f"The shorter side has {side} pixels."
         yield Finding("few_pixels", "warning", message, side, MIN_RADIOGRAPH_PIXELS)
+    elif not {"not_frontal_chest"} & {finding.code for finding in known}:
+        yield from check_frontal(image.array)
 
 
 def _check_values(array: NDArray[np.generic], modality: str) -> Iterator[Finding]:

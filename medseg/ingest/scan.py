@@ -46,6 +46,9 @@ class Source:
             sheared where the gantry was tilted.
         slices: (index in `files`, frame within that file) of each slice of a DICOM series along the k axis.
         windowed: a radiograph's VOI look-up table or window is to be applied.
+        parts: the series of a case whose channels are series of their own, in order of `task.channels`; `files` then
+            holds the files of all.
+        label: the label map that lies beside the channels, where `ingest.label_name` picks it.
     """
 
     case_id: str
@@ -61,6 +64,8 @@ class Source:
     affine: Affine | None = field(default=None, repr=False, compare=False)
     slices: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     windowed: bool = False
+    parts: tuple["Source", ...] = field(default=(), repr=False)
+    label: Path | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class Scan:
         case_id, patient_id, modality, kind, source_kind: as in `Source`.
         channels: one volume per channel, all on one grid: (i, j, k) integer or float32 with an affine to RAS+ world
             mm, or (row, column) uint8 or uint16 with diag(row_mm, column_mm, 1, 1).
-        source_files: the files; for a DICOM series of single-frame files `source_files[k]` is the slice
-            `array[:, :, k]`, whose rows and columns are axes j and i (after the correction of gantry tilt, the same
-            plane on another grid).
+        source_files: the files, of the first channel where channels are series of their own; for a DICOM series of
+            single-frame files `source_files[k]` is the slice `array[:, :, k]`, whose rows and columns are axes j and
+            i (after the correction of gantry tilt, the same plane on another grid).
         source_sha256: hash of their bytes.
         findings: what the reader noticed; `medseg.ingest.quality` adds what the pixels show.
     """

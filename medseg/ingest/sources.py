@@ -9,9 +9,9 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from medseg.cohort import Finding, Reject
@@ -27,25 +27,15 @@ from medseg.ingest import (
     nifti,
     radiograph,
 )
-from medseg.ingest.scan import Refused, Scan, Source, safe_name, stem_of
+from medseg.ingest.plain_files import NIFTI, PICTURE, File, name_of, plain_sources
+from medseg.ingest.scan import Refused, Scan, Source
 from medseg.volume import Volume
 
 _LAYOUTS = (("imagesTr", "labelsTr"), ("images", "labels"))
-_NIFTI = (".nii", ".nii.gz")
-_PICTURE = (".png", ".jpg", ".jpeg")
 _FOREIGN = (".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img", ".tif", ".tiff", ".bmp", ".npy", ".npz")
 _MAX_UNPACKED_BYTES = 200 << 30
 _MAX_UNPACKED_FILES = 500_000
 _SKIPPED = {"__MACOSX", "derivatives"}
-
-
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    root: Path
-    label_dir: Path | None = None
-    channel_suffix: bool = False
-    patient: str = ""
 
 
 def discover(
@@ -73,7 +63,7 @@ def discover(
     Raises:
         UserError: a path does not exist, is of a kind that is not read, or nothing in it is an image.
     """
-    files: list[_File] = []
+    files: list[File] = []
     rejects: list[Reject] = []
     for source in sources:
         found = list(_walk(_existing(source), unpack_dir, rejects))
@@ -97,17 +87,16 @@ def read_source(source: Source) -> Scan:
     Raises:
         Refused: they are damaged, or no grid of grey values; carries code and sentence.
     """
-    try:
-        digest = sha256_file(source.files[0]) if len(source.files) == 1 else sha256_files(source.files)
-    except OSError as error:
-        raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
-    try:
-        channels, findings = _read_channels(source)
-    except Refused:
-        raise
-    except Exception as error:  # values of damaged headers are parsed where they are used, and may be anything
-        name = type(error).__name__
-        raise Refused("unreadable", f"The file is damaged ({name}); copy or export it again.") from error
+    with ThreadPoolExecutor(1) as beside:  # hashing and decoding leave the interpreter to each other
+        hashing = beside.submit(_digest, source)
+        try:
+            channels, findings = _read_channels(source)
+        except Refused:
+            raise
+        except Exception as error:  # values of damaged headers are parsed where they are used, and may be anything
+            name = type(error).__name__
+            raise Refused("unreadable", f"The file is damaged ({name}); copy or export it again.") from error
+    digest = hashing.result()
     return Scan(
         case_id=source.case_id,
         patient_id=source.patient_id,
@@ -115,10 +104,17 @@ def read_source(source: Source) -> Scan:
         modality=source.modality,
         kind=source.kind,
         source_kind=source.source_kind,
-        source_files=source.files,
+        source_files=source.parts[0].files if source.parts else source.files,
         source_sha256=digest,
         findings=findings,
     )
+
+
+def _digest(source: Source) -> str:
+    try:
+        return sha256_file(source.files[0]) if len(source.files) == 1 else sha256_files(source.files)
+    except OSError as error:
+        raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
 
 
 def _existing(source: Path) -> Path:
@@ -129,19 +125,19 @@ def _existing(source: Path) -> Path:
     return source.absolute()
 
 
-def _walk(path: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[_File]:
+def _walk(path: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[File]:
     """All files that may be images below one given path, archives unpacked; a nested archive may be refused."""
     if archives.is_archive(path):
         yield from _walk_folder(_unpack(path, unpack_dir), unpack_dir, rejects)
     elif path.is_file() and path.name.upper() == "DICOMDIR":
-        yield from (_File(file, path.parent) for file in _listed(path, path.parent, rejects))
+        yield from (File(file, path.parent) for file in _listed(path, path.parent, rejects))
     elif path.is_file():
-        yield _File(path, path.parent)
+        yield File(path, path.parent)
     else:
         yield from _walk_folder(path, unpack_dir, rejects)
 
 
-def _walk_folder(root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[_File]:
+def _walk_folder(root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[File]:
     folders, seen = [root], set()
     while folders:
         folder = folders.pop()
@@ -160,7 +156,7 @@ def _walk_folder(root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> 
             elif entry.is_file():
                 if entry.name.upper() == "DICOMDIR":
                     _listed(entry, root, rejects)  # the walk finds the files; this finds what is missing
-                yield _File(entry, root)
+                yield File(entry, root)
 
 
 def _listed(path: Path, root: Path, rejects: list[Reject]) -> list[Path]:
@@ -179,7 +175,7 @@ def _listed(path: Path, root: Path, rejects: list[Reject]) -> list[Path]:
     return found
 
 
-def _walk_nested(archive: Path, root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[_File]:
+def _walk_nested(archive: Path, root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[File]:
     """Files of an archive found in a folder: when it is refused, the rest of the folder still counts."""
     try:
         inner = _unpack(archive, unpack_dir)
@@ -196,17 +192,17 @@ def _entries(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read ({error.strerror or error}); check its permissions.") from error
 
 
-def _layout_files(folder: Path, root: Path) -> list[_File] | None:
+def _layout_files(folder: Path, root: Path) -> list[File] | None:
     """The images of a data set whose layout says where they are; None when the folder has no such layout."""
     for images, labels in _LAYOUTS:
         if (folder / images).is_dir() and (folder / labels).is_dir():
             about = folder / "dataset.json"
             suffixed = about.is_file() and "channel_names" in (read_json(about) or {})
             paths = sorted(path for path in (folder / images).rglob("*") if path.is_file() and _wanted(path))
-            return [_File(path, root, folder / labels, suffixed) for path in paths]
+            return [File(path, root, folder / labels, suffixed) for path in paths]
     subjects = sorted(path for path in folder.glob("sub-*") if path.is_dir())
     found = [
-        _File(path, root, patient=subject.name)
+        File(path, root, patient=subject.name)
         for subject in subjects
         for pattern in ("anat/*_T1w.nii*", "ses-*/anat/*_T1w.nii*")
         for path in sorted(subject.glob(pattern))
@@ -230,19 +226,19 @@ def _unpack(archive: Path, unpack_dir: Path | None) -> Path:
 
 
 def _recognise(
-    files: list[_File], config: IngestConfig, key: bytes, places: dict[str, Path]
+    files: list[File], config: IngestConfig, key: bytes, places: dict[str, Path]
 ) -> tuple[list[Source], list[Reject], int]:
     """Sort files by kind; also returns how many were passed over because they are no images."""
     rejects: list[Reject] = []
-    plain: list[_File] = []
-    candidates: list[_File] = []
+    plain: list[File] = []
+    candidates: list[File] = []
     for file in files:
         name = file.path.name.lower()
-        if name.endswith((*_NIFTI, *_PICTURE)):
+        if name.endswith((*NIFTI, *PICTURE)):
             plain.append(file)
         elif name.endswith(_FOREIGN):
             reason = f"{file.path.suffix} images are not read; convert the file to NIfTI, or to PNG."
-            rejects.append(Reject(_name_of(file), "unsupported_format", reason))
+            rejects.append(Reject(name_of(file), "unsupported_format", reason))
         else:
             candidates.append(file)
     headers, damaged, others = dicom_headers.read_headers([(file.path, file.root) for file in candidates])
@@ -255,64 +251,27 @@ def _recognise(
     for path in others:
         if path.suffix.lower() in (".dcm", ".dicom", ".ima"):
             reason = "The file is named like DICOM and is none; remove it or export it again."
-            rejects.append(Reject(_name_of(roots[path]), "not_dicom", reason))
+            rejects.append(Reject(name_of(roots[path]), "not_dicom", reason))
         else:
             passed_over += 1
     sources, refused, folders = dicom.group(headers, config, key)
     places.update(folders)
     label_dirs = {file.path: file.label_dir for file in candidates}
     sources = [replace(source, label_dir=label_dirs[source.files[0]]) for source in sources]
-    return [*sources, *_plain_sources(plain)], [*rejects, *refused], passed_over
-
-
-def _plain_sources(files: list[_File]) -> Iterable[Source]:
-    """Sources of NIfTI volumes and pictures; files of one case that differ in `_0000`, `_0001` are its channels."""
-    cases: dict[tuple[Path, str], list[_File]] = {}
-    for file in files:
-        stem = stem_of(file.path)
-        if file.channel_suffix and re.search(r"_\d{4}$", stem):
-            stem = stem[:-5]
-        cases.setdefault((file.path.parent, stem), []).append(file)
-    for case_id, ((_, stem), members) in zip(_case_ids(cases), cases.items(), strict=True):
-        first = members[0]
-        picture = first.path.name.lower().endswith(_PICTURE)
-        bids = (stem.rsplit("_", 1)[0], first.patient) if first.patient else ()
-        yield Source(
-            case_id=case_id,
-            kind="radiograph" if picture else "volume",
-            source_kind="png" if picture else "nifti",
-            files=tuple(member.path for member in members),
-            name=_name_of(first),
-            patient_id=first.patient or case_id,
-            label_dir=first.label_dir,
-            match_names=tuple(dict.fromkeys((stem, *bids))),
-        )
-
-
-def _case_ids(cases: dict[tuple[Path, str], list[_File]]) -> list[str]:
-    """The stem where it is unique, else with the folders before it, else with a number."""
-    short = [safe_name(stem) for _, stem in cases]
-    long = [
-        safe_name("-".join((*folder.relative_to(files[0].root).parts, stem))) for (folder, stem), files in cases.items()
-    ]
-    counts = Counter(name.lower() for name in short)
-    ids = [a if counts[a.lower()] == 1 else b for a, b in zip(short, long, strict=True)]
-    taken: set[str] = set()
-    for at, name in enumerate(ids):
-        number, unique = 1, name
-        while unique.lower() in taken:
-            number += 1
-            unique = f"{name}-{number}"
-        taken.add(unique.lower())
-        ids[at] = unique
-    return ids
-
-
-def _name_of(file: _File) -> str:
-    return file.path.relative_to(file.root).as_posix()
+    for made in plain_sources(plain, config):
+        if isinstance(made, Reject):
+            rejects.append(made)
+        else:
+            sources.append(made)
+    return sources, [*rejects, *refused], passed_over
 
 
 def _read_channels(source: Source) -> tuple[tuple[Volume, ...], tuple[Finding, ...]]:
+    if source.parts:
+        read = [_read_channels(part) for part in source.parts]
+        channels = [channel for found, _ in read for channel in found]
+        nifti.check_one_grid(channels)
+        return tuple(channels), tuple(finding for _, found in read for finding in found)
     if source.source_kind == "nifti":
         return nifti.read_channels(source.files)
     if source.source_kind == "png":

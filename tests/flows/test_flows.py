@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.flow_engine import run_flow
 from prefect.settings import get_current_settings
-from prefect.testing.utilities import prefect_test_harness
 from synthetic import TINY, segmentation_cohort
 
 import flows
@@ -31,15 +29,6 @@ from medseg.runs import find_run, read_run
 
 NAME = "DOE^JOHN"
 SETS = [*TINY, "train.epochs=1", "explain.max_cases=1", "report={max_cases: 1, viewer_cases: 0}"]
-
-
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[Path]:
-    """A temporary Prefect server; its database."""
-    with prefect_test_harness(server_startup_timeout=90):
-        address = get_current_settings().server.database.connection_url
-        assert address is not None
-        yield Path(address.get_secret_value().rpartition(":///")[2])
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+import io
+import json
 import os
 import signal
 import subprocess
@@ -5,13 +7,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pydicom
 import pytest
 import torch
 from orthanc import INSTALLED, PASSWORD, USER, Orthanc, running_orthanc
 from synthetic import tiny_config
+from typer.testing import CliRunner
 
+from flows.steps import predict_flow
+from flows.watch_pacs import watch_pacs_flow
 from medseg import pacs_watch
 from medseg.bundle import save_bundle
+from medseg.cli import app
 from medseg.files import UserError, read_json
 from medseg.models import build_from_config
 from medseg.plan import Plan
@@ -98,3 +105,109 @@ def test_a_watch_killed_around_every_stage_answers_once(archive: Orthanc, model:
 def test_a_rule_that_names_a_patient_is_refused(archive: Orthanc, model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="may not name PatientID"):
         pacs_watch.run(model, f"{archive.url}?PatientID=1", tmp_path / "out", tmp_path / "workspace")
+
+
+KILLED_AT_WORK = """
+import os, signal, sys
+from pathlib import Path
+from medseg import pacs_watch
+from medseg.ingest.pacs import Pacs
+from medseg.predict.outputs import CaseFolder
+model, url, out, workspace, where = sys.argv[1:]
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "fetch":
+    parts = Pacs.get_parts
+    def some(self, path, place):
+        for number, part in enumerate(parts(self, path, place)):
+            if number == 3:
+                die()
+            yield part
+    Pacs.get_parts = some
+elif where == "predict":
+    CaseFolder.write = die
+else:
+    finish = CaseFolder._finish
+    CaseFolder._finish = lambda *given, **named: die(finish(*given, **named))
+pacs_watch.run(model, url, Path(out), Path(workspace), stable_s=0)
+"""
+
+
+def test_a_watch_killed_within_fetching_and_predicting_answers_once(
+    archive: Orthanc, model: str, tmp_path: Path
+) -> None:
+    url = f"{archive.url}?Modality=MR"
+    places = [str(tmp_path / "out"), str(tmp_path / "workspace")]
+    fetched = tmp_path / "workspace" / "spool"
+    for where in ("fetch", "predict", "after the case"):
+        command = [sys.executable, "-c", KILLED_AT_WORK, model, url, *places, where]
+        done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, timeout=300)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert len(list(fetched.rglob("[!.]*.dcm"))) == (3 if where == "fetch" else 8)
+    assert "SEG" not in archive.modalities()
+    assert look(model, archive, tmp_path).figures["done"] == 1
+    assert archive.modalities() == ["MR", "SEG", "SR"]
+    assert look(model, archive, tmp_path).figures["known"] == 1
+    assert len(list((tmp_path / "workspace" / "runs").iterdir())) == 1
+
+
+def test_a_series_that_comes_late_into_a_known_study_is_taken_too(archive: Orthanc, model: str, tmp_path: Path) -> None:
+    assert look(model, archive, tmp_path).figures["done"] == 1
+    first = pydicom.dcmread(tmp_path / "one" / "0001.dcm")
+    with running_orthanc(tmp_path / "elsewhere") as other:
+        late = other.send_series(tmp_path / "late", "ROE^JANE", "late", value=80)
+    for path in late:
+        data = pydicom.dcmread(path)
+        data.StudyInstanceUID = first.StudyInstanceUID
+        data.save_as(path)
+    archive.send(*late)
+    waiting = look(model, archive, tmp_path, stable_s=600)
+    assert waiting.figures == {"done": 0, "waiting": 1, "known": 0, "failed": 0}
+    assert look(model, archive, tmp_path).figures["done"] == 1
+    assert archive.modalities() == ["MR", "MR", "SEG", "SEG", "SR", "SR"]  # the first series' results were there
+    assert look(model, archive, tmp_path).figures == {"done": 0, "waiting": 0, "known": 1, "failed": 0}
+
+
+def test_what_is_stored_is_found_by_a_search_and_comes_back_as_it_was(
+    archive: Orthanc, model: str, tmp_path: Path
+) -> None:
+    assert look(model, archive, tmp_path).figures["done"] == 1
+    study = str(pydicom.dcmread(tmp_path / "one" / "0001.dcm").StudyInstanceUID)
+    for modality, name in (("SEG", "mask.dcm"), ("SR", "report.dcm")):
+        found = archive.http.get(f"/dicom-web/studies/{study}/series", params={"Modality": modality}).json()
+        (written,) = (tmp_path / "out").rglob(name)
+        mine = pydicom.dcmread(written)
+        assert [one["0020000E"]["Value"] for one in found] == [[mine.SeriesInstanceUID]]
+        (held,) = archive.http.post("/tools/lookup", content=str(mine.SOPInstanceUID)).json()
+        back = pydicom.dcmread(io.BytesIO(archive.http.get(f"{held['Path']}/file").content))
+        assert (back.Modality, back.SeriesInstanceUID, back.PatientID) == (modality, mine.SeriesInstanceUID, "ROE^JANE")
+        if modality == "SEG":
+            assert back.PixelData == mine.PixelData
+
+
+def test_the_watch_runs_as_a_flow_and_its_parameters_name_no_one(
+    archive: Orthanc, model: str, tmp_path: Path, prefect_server: Path
+) -> None:
+    places = {"out": str(tmp_path / "out"), "workspace": str(tmp_path / "workspace")}
+    for expected in ("done", "known"):
+        result = watch_pacs_flow(model, f"{archive.url}?Modality=MR", stable_s=0, **places)
+        assert result.figures[expected] == 1
+    with pytest.raises(UserError, match="may not name PatientID"):
+        watch_pacs_flow(model, f"{archive.url}?PatientID=ROE", stable_s=0, **places)
+    with pytest.raises(UserError, match="may not name PatientName"):
+        predict_flow(model, [f"{archive.url}?PatientName=ROE"], places["out"], places["workspace"])
+    assert archive.modalities() == ["MR", "SEG", "SR"]
+
+
+def test_predict_stores_its_results_when_asked_to(archive: Orthanc, model: str, tmp_path: Path) -> None:
+    arguments = ["predict", model, str(tmp_path / "one"), "--out", str(tmp_path / "out"), "--json"]
+    arguments += ["--workspace", str(tmp_path / "workspace"), "--store"]
+    refused = CliRunner().invoke(app, [*arguments, "http://elsewhere"])
+    assert refused.exit_code == 2
+    assert not (tmp_path / "out").exists()
+    for stored, present in ((2, 0), (0, 2)):
+        done = CliRunner().invoke(app, [*arguments, archive.url])
+        assert done.exit_code == 0, done.output
+        figures = json.loads(done.stdout.strip().splitlines()[-1])["figures"]
+        assert (figures["stored"], figures["present"]) == (stored, present)
+    assert archive.modalities() == ["MR", "SEG", "SR"]

@@ -367,3 +367,29 @@ def test_awkward_real_series_are_refused_by_name(name: str, code: str) -> None:
     sources, rejects = find(SERIES / name)
     assert [s.source_kind for s in sources if s.source_kind == "dicom"] == []
     assert {reject.code for reject in rejects} == {code}
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "share", "severity"),
+    [
+        (-2000, None, 0.25, "info"),
+        (63536, None, 0.25, "info"),
+        (-2000, -1999, 0.5, "info"),
+        (900, None, 0.2, "warning"),
+    ],
+)
+def test_padding_is_told_with_its_share_and_value(
+    tmp_path: Path, value: int, limit: int | None, share: float, severity: str
+) -> None:
+    array = np.full((10, 20, 4), 40, np.int16)
+    array[:, :5], array[:, 5:10], array[:, 16:] = -2000, -1999, 900
+    for path in write_series(Volume(array, np.eye(4)), tmp_path / "s", patient_id="p"):
+        data = pydicom.dcmread(path)
+        data.add_new("PixelPaddingValue", "US" if value > 32767 else "SS", value)
+        if limit is not None:
+            data.add_new("PixelPaddingRangeLimit", "SS", limit)
+        data.save_as(path)
+    scan = read_one(tmp_path)
+    np.testing.assert_array_equal(scan.channels[0].array, array)
+    (finding,) = scan.findings
+    assert (finding.code, finding.number, finding.severity) == ("padding", share, severity)

@@ -1,8 +1,12 @@
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pydicom
 import pytest
 from orthanc import INSTALLED, PASSWORD, USER, Orthanc, running_orthanc
 
@@ -10,8 +14,10 @@ from medseg import road
 from medseg.cohort import read_cohort
 from medseg.files import UserError, sha256_file, write_json
 from medseg.ingest import pacs
+from medseg.ingest.dicom_write import write_series
 from medseg.ingest.download import Patience
 from medseg.ingest.pacs_http import Interrupted, Unreachable, parse_server, split_parts
+from medseg.volume import Volume
 
 KEY = b"k" * 32
 QUICK = Patience(attempts=3, wait_s=0.01, timeout_s=0.3)
@@ -132,6 +138,101 @@ def test_other_answers_are_one_sentence_at_once(
     assert len(site.asked) == 1
 
 
+class Faulty:
+    """A PACS with one series, whose next retrievals go wrong in the ways named: `cut`, `cut-part`, `hang`, `busy`."""
+
+    def __init__(self, folder: Path) -> None:
+        volume = Volume(np.random.default_rng(0).integers(0, 900, (400, 400, 5)).astype(np.int16), np.eye(4))
+        self.files = write_series(volume, folder, patient_id="p")
+        self.faults: list[str] = []
+        self.asked: list[str] = []
+        self.released = threading.Event()
+        headers = [pydicom.dcmread(file) for file in self.files]
+        self.uids = [str(header.SOPInstanceUID) for header in headers]
+        self.study, self.series = str(headers[0].StudyInstanceUID), str(headers[0].SeriesInstanceUID)
+
+    def search(self, path: str) -> list[dict[str, Any]]:
+        if path.endswith("/instances"):
+            return [{"00080018": {"vr": "UI", "Value": [uid]}} for uid in self.uids]
+        found: dict[str, Any] = {"0020000D": {"vr": "UI", "Value": [self.study]}}
+        if path.endswith("/series"):
+            found |= {"0020000E": {"Value": [self.series]}, "00080060": {"Value": ["MR"]}, "00201209": {"Value": [5]}}
+        return [found]
+
+    def body(self, path: str) -> bytes:
+        uid = path.rpartition("/")[2]
+        wanted = [file for file, own in zip(self.files, self.uids, strict=True) if uid in (own, self.series)]
+        parts = [b"\r\n--edge\r\nContent-Type: application/dicom\r\n\r\n" + file.read_bytes() for file in wanted]
+        return b"".join(parts) + b"\r\n--edge--\r\n"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[tuple[str, Faulty]]:
+    pacs_ = Faulty(tmp_path / "held")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0].removeprefix("/web")
+            retrieval = "/instances/" in path or path.endswith(pacs_.series)
+            fault = pacs_.faults.pop(0) if retrieval and pacs_.faults else ""
+            pacs_.asked += [path] if retrieval else []
+            body = pacs_.body(path) if retrieval else json.dumps(pacs_.search(path)).encode()
+            self.send_response(503 if fault == "busy" else 200)
+            kind = (
+                'multipart/related; type="application/dicom"; boundary=edge' if retrieval else "application/dicom+json"
+            )
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            sent = {"cut": len(body) * 5 // 9, "cut-part": 40, "hang": len(body) // 2, "busy": 0}.get(fault, len(body))
+            self.wfile.write(body[:sent])
+            self.wfile.flush()
+            if fault == "hang":
+                pacs_.released.wait(10)
+            self.close_connection = bool(fault)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"dicomweb://127.0.0.1:{server.server_port}/web?Modality=MR", pacs_
+    pacs_.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("faults", [["cut"], ["cut-part"], ["hang"], ["busy", "cut"], ["cut", "busy"], ["cut", "hang"]])
+def test_a_transfer_that_breaks_or_stalls_goes_on_and_brings_each_file_once(
+    faulty: tuple[str, Faulty], tmp_path: Path, faults: list[str]
+) -> None:
+    url, server = faulty
+    server.faults = list(faults)
+    folder = pacs.fetch(url, tmp_path / "spool", KEY, QUICK)
+    assert server.faults == []
+    fetched = sorted(path.read_bytes() for path in folder.rglob("*.dcm"))
+    assert fetched == sorted(path.read_bytes() for path in server.files)
+    assert not list(folder.rglob(".part-*"))
+    again = [path for path in server.asked if "/instances/" in path]
+    assert len(server.asked) <= 2 * len(faults) + 5
+    if faults == ["cut"]:  # what came before the break is not fetched again
+        assert 0 < len(again) < 5
+
+
+def test_a_line_that_never_holds_ends_in_a_sentence_and_keeps_what_came(
+    faulty: tuple[str, Faulty], tmp_path: Path
+) -> None:
+    url, server = faulty
+    server.faults = ["cut", "hang", "hang"]
+    with pytest.raises(Unreachable, match="no answer in time, 3 times in a row"):
+        pacs.fetch(url, tmp_path / "spool", KEY, QUICK)
+    came = len(list((tmp_path / "spool").rglob("*.dcm")))
+    assert 0 < came < 5
+    server.asked.clear()
+    pacs.fetch(url, tmp_path / "spool", KEY, QUICK)
+    assert len(server.asked) == 5 - came
+
+
 @needs_orthanc
 def test_credentials_come_from_netrc_too(archive: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDSEG_DICOMWEB_USER", raising=False)
@@ -197,3 +298,11 @@ def test_a_result_is_stored_once_beside_its_scan_and_nowhere_else(archive: Ortha
     data.save_as(out / "case" / "mask.dcm")
     with pytest.raises(UserError, match="lacks the study"):
         road.store(out, archive.url)
+
+
+@pytest.mark.parametrize("key", ["PatientID", "PatientName", "StudyInstanceUID", "AccessionNumber"])
+def test_an_address_that_names_a_patient_is_refused_where_it_would_be_kept(key: str) -> None:
+    with pytest.raises(UserError, match=f"it may not name {key}") as caught:
+        pacs.refuse_named(f"dicomweb://pacs/dicom-web?{key}=DOE&Modality=MR", "it is shown")
+    assert "DOE" not in str(caught.value)
+    pacs.refuse_named("dicomweb://pacs/dicom-web?Modality=MR&StudyDate=20240101-", "it is shown")
