@@ -148,20 +148,31 @@ def _train_step(
     training.net.train()
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(config, training.step, total)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        logits = training.net(image.to(device, non_blocking=True))
-        value: Tensor = loss(logits, target.to(device, non_blocking=True))
-    if not torch.isfinite(value):
+    image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
+    value, norm = _gradients(training, image, target, loss, config, bf16=bf16)
+    if bf16 and device.type == "cpu" and not torch.isfinite(norm):
+        # oneDNN's bf16 kernels for a CPU without AMX read memory that was never written where an axis has two positions
+        value, norm = _gradients(training, image, target, loss, config, bf16=False)
+    if not (torch.isfinite(value) and torch.isfinite(norm)):
+        what = f"loss is {value.item()}" if not torch.isfinite(value) else f"gradient's norm is {norm.item()}"
         raise UserError(
-            f"train.learning_rate {config.learning_rate}: the loss is {value.item()} at step {training.step}; "
+            f"train.learning_rate {config.learning_rate}: the {what} at step {training.step}; "
             "lower it, or look for damaged images in the cohort's findings."
         )
-    training.optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
     training.optimizer.step()
     _average(training, config.ema_decay)
-    return float(value.detach())
+    return float(value)
+
+
+def _gradients(
+    training: Training, image: Tensor, target: Tensor, loss: nn.Module, config: TrainConfig, *, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Set the clipped gradients of one batch; returns the loss, and the norm before clipping."""
+    training.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
+        value: Tensor = loss(training.net(image), target)
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach(), nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from medseg.files import UserError, resource_dir
 from medseg.losses import build_loss
 from medseg.models import build_from_config
 from medseg.plan import Plan
+from medseg.train import loop
 from medseg.train.checkpoints import load_checkpoint, save_checkpoint
 from medseg.train.loop import Training, resume_training, start_training, train_loop
 from medseg.train.planning import make_plan
@@ -54,7 +56,7 @@ def _train(
         config.train,
         folder=folder / "checkpoints",
         device=CPU,
-        bf16=False,
+        bf16=config.train.precision == "bf16",
         validate=lambda m: validate(m, loss, held, plan, config.task.labels, device=CPU, bf16=False),
         on_epoch=lambda figures: None,
         stop=lambda: training.step == stop_at,
@@ -120,6 +122,23 @@ def test_a_diverging_loss_is_one_sentence(boxes: Cohort, tmp_path: Path) -> None
     config = tiny_config("train.learning_rate=1.0e+30", "train.optimizer=sgd", "train.warmup_steps=0")
     with pytest.raises(UserError, match=r"train\.learning_rate"):
         _train(config, boxes, tmp_path)
+
+
+def test_a_step_whose_bf16_gradient_is_no_number_is_made_in_fp32(
+    boxes: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, precisions = loop._gradients, list[bool]()
+
+    def damaged(*given: Any, bf16: bool) -> Any:
+        precisions.append(bf16)
+        value, norm = whole(*given, bf16=bf16)
+        return value, norm * math.nan if bf16 and len(precisions) == 3 else norm
+
+    monkeypatch.setattr(loop, "_gradients", damaged)
+    training = _train(tiny_config("train.precision=bf16", "train.epochs=1"), boxes, tmp_path)
+    assert precisions[:4] == [True, True, True, False]
+    assert all(precisions[4:])
+    assert all(weight.isfinite().all() for weight in training.net.parameters())
 
 
 @pytest.mark.parametrize("schedule", ["poly", "cosine", "constant"])
