@@ -268,7 +268,7 @@ def _plan_folder(config: Config, cohort: "Cohort") -> Path:
 def _read_plan(config: Config, cohort: "Cohort", folder: RunFolder) -> "Plan":
     """The run's own plan, else the cohort's plan for this config if it still fits, else a new one."""
     from medseg.plan import read_plan
-    from medseg.train.planning import make_plan, plan_key
+    from medseg.train.planning import plan_key, plan_to_train
 
     if (folder.path / "plan.yaml").is_file():
         return read_plan(folder.path / "plan.yaml")
@@ -277,7 +277,7 @@ def _read_plan(config: Config, cohort: "Cohort", folder: RunFolder) -> "Plan":
         found = read_plan(made)
         if found.fingerprint.get("key") == plan_key(config, cohort):
             return found
-    return make_plan(config, cohort)
+    return plan_to_train(config, cohort)
 
 
 def _same_config(config: Config, folder: RunFolder) -> None:
