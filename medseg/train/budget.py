@@ -19,9 +19,9 @@ from medseg.files import UserError
 
 _AIM = 0.95  # of the budget: the law's own error must fit in
 _FIRST_VOXELS = {"cpu": 100_000, "cuda": 2_000_000}  # of the first size measured
-_LARGEST_SHARE = 0.5  # of the wanted patch: sizes measured for the law stay well below it
+_LARGEST_SHARE = 0.6  # of the wanted patch: sizes measured for the law stay well below it
 _STEPS = 3
-_TRIES = 3
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Chooser:
             if len(points) >= 2:
                 law = fit_law(points)
                 expected = overhead + _STEPS * law.seconds_per_mvoxel * size.voxels / 1e6
-                if law.predict(size.voxels) > 0.8 * self.budget_gb or expected > (self.ends_at - self.clock()) / 2:
+                if law.predict(size.voxels) > 0.8 * self.budget_gb or expected > self.ends_at - self.clock():
                     break
             started = self.clock()
             points.append(self.measure(size, mode, _STEPS))
@@ -237,7 +237,7 @@ class Chooser:
     def _confirm(self, candidate: Candidate, mode: str) -> Choice:
         """Measure the choice; where it exceeds the budget, correct the law by it and go down."""
         notes: dict[str, str] = {"memory_mode": self._why(candidate, mode)} if mode else {}
-        predicted = self.laws[mode].predict(candidate.voxels)
+        predicted, small = self.laws[mode].predict(candidate.voxels), self.laws[mode].points
         for _ in range(_TRIES):
             law = self.laws[mode]
             step = law.seconds_per_mvoxel * candidate.voxels / 1e6
@@ -257,13 +257,12 @@ class Chooser:
                     "memory_gb", "measured in a fresh process: training steps, then the largest validation case"
                 )
                 return Choice(candidate, mode, predicted, measured, self.laws, notes)
-            self.laws[mode] = fit_law([*law.points, measured])
+            self.laws[mode] = fit_law([*small, measured])
             notes["memory_gb"] = (
                 f"{candidate} was measured at {measured.peak_gb:.2f} GB, over the budget of {self.budget_gb:.2f}; "
                 "taken down"
             )
-            smaller = [one for one in self.candidates if one.voxels < candidate.voxels]
-            found = self._largest(mode, smaller)
+            found = self._largest(mode, [one for one in self.candidates if one.voxels < 0.9 * candidate.voxels])
             if found is None:
                 break
             candidate, predicted = found, self.laws[mode].predict(found.voxels)

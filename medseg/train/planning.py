@@ -164,7 +164,7 @@ def _chosen(plan: Plan, choice: Choice, device: str, budget_gb: float, why: str)
     reasons: dict[str, str] = {**plan.reasons, **choice.notes}
     reasons["memory_law"] = f"budget {budget_gb:.2f} GB: {why}"
     for name, new, old in (
-        ("patch_size", candidate.patch, plan.patch_size),
+        ("size_px" if plan.size_px else "patch_size", candidate.patch, plan.patch_size),
         ("batch_size", candidate.batch, plan.batch_size),
     ):
         if new != old:

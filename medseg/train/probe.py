@@ -81,6 +81,7 @@ def _main() -> None:
 def _measure(config: Config, plan: Plan, steps: int, case_size: Sequence[int] | None) -> dict[str, float]:
     import numpy as np
 
+    from medseg.train import step
     from medseg.train.device import peak_memory_gb, reset_peak_memory
     from medseg.train.loop import train_loop
 
@@ -183,15 +184,17 @@ def shrink_patch(
         None where there is none that is smaller.
     """
     least = [min(n, 2 * d) for n, d in zip(patch, divisors, strict=True)]
-    smallest = math.prod(least) / math.prod(patch)
-    items = batch
-    if share < smallest:  # a smaller batch takes what the patch cannot give
-        items = max(1, math.floor(batch * share / smallest))
-    factor = min(1.0, share * batch / items) ** (1 / len(patch))
-    made = tuple(
-        max(low, math.floor(n * factor / d + 1e-9) * d) for n, d, low in zip(patch, divisors, least, strict=True)
-    )
-    return (made, items) if items * math.prod(made) < batch * math.prod(patch) else None
+    made, items, target = list(patch), batch, share * batch * math.prod(patch)
+    while items * math.prod(made) > target:
+        free = [axis for axis in range(len(made)) if made[axis] - divisors[axis] >= least[axis]]
+        if free:
+            axis = max(free, key=lambda axis: made[axis] / patch[axis])
+            made[axis] = (made[axis] - 1) // divisors[axis] * divisors[axis]
+        elif items > 1:
+            items -= 1  # a smaller batch takes what the patch cannot give
+        else:
+            break
+    return (tuple(made), items) if items * math.prod(made) < batch * math.prod(patch) else None
 
 
 if __name__ == "__main__":
