@@ -226,7 +226,12 @@ class Chooser:
                 if law.predict(size.voxels) > 0.8 * self.budget_gb or expected > self.ends_at - self.clock():
                     break
             started = self.clock()
-            points.append(self.measure(size, mode, _STEPS))
+            try:
+                points.append(self.measure(size, mode, _STEPS))
+            except TooLarge:
+                if len(points) < 2:
+                    raise
+                break
             overhead = max(0.0, self.clock() - started - _STEPS * points[-1].step_seconds)
         return fit_law(points)
 
