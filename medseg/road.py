@@ -90,6 +90,8 @@ def train(
     cohort = read_cohort(cohort_dir)
     if resume:
         folder = find_run(workspace, resume)
+        if (folder.path / "plan.yaml").is_file():  # the run's config holds what the plan chose for the network
+            config = step.with_plan(config, _read_plan(config, cohort, folder))
         _same_config(config, folder)
     else:
         step.check_cohort(config, cohort)

@@ -47,7 +47,8 @@ def draft_plan(config: Config, cohort: Cohort, cases: Sequence[Case]) -> Draft:
 def _draft_radiographs(config: Config, found: Fingerprint) -> Draft:
     fixed = config.plan
     divisors = divisors_of(config.model, 2)
-    size = fixed.size_px or _SIZE_PX
+    published = int(getattr(config.model, "published_px", _SIZE_PX))
+    size = fixed.size_px or published
     largest = fixed.batch_size or _RADIOGRAPHS
     candidates = [Candidate((size, size), largest)]
     if fixed.batch_size is None:
@@ -63,7 +64,7 @@ def _draft_radiographs(config: Config, found: Fingerprint) -> Draft:
         normalise="zscore",
         fingerprint={"median_shape_px": np.median(found.shapes, axis=0).tolist(), **found.facts()},
         reasons={
-            "size_px": _fixed(fixed.size_px, f"{_SIZE_PX} px, the size at which DenseNet was published"),
+            "size_px": _fixed(fixed.size_px, f"{published} px, the size at which the network was published"),
             "batch_size": _fixed(fixed.batch_size, f"{_RADIOGRAPHS} radiographs"),
             "normalise": "per image: exposure differs between radiographs",
         },

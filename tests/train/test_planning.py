@@ -1,5 +1,6 @@
 """The fingerprint, what follows from it, and the choice under a memory budget."""
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_candidates_grow_smaller_and_stay_legal(boxes: Cohort) -> None:
     candidates = draft_plan(config, boxes, boxes.split("train")).candidates
     assert candidates[0].patch == (24, 16, 16)  # the field of view and no more, whatever the budget
     assert [one.batch for one in candidates[:3]] == [4, 3, 2]
-    assert all(a.voxels > b.voxels for a, b in zip(candidates, candidates[1:], strict=False))
+    assert all(a.voxels > b.voxels for a, b in itertools.pairwise(candidates))
     assert all(n % 8 == 0 for one in candidates for n in one.patch)
 
 
