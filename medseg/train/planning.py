@@ -141,7 +141,7 @@ def _measurer(config: Config, plan: Plan, case_size: Sequence[int] | None) -> Me
 
 
 def _shrunk(model: ModelConfig, candidate: Candidate, share: float) -> Candidate | None:
-    divisors = divisors_of(model, len(candidate.patch), dict(candidate.network))
+    divisors = divisors_of(model, len(candidate.patch), candidate.network)
     made = probe.shrink_patch(candidate.patch, candidate.batch, divisors, share)
     return Candidate(made[0], made[1], candidate.network) if made else None
 

@@ -1,10 +1,12 @@
 """Pooling and kernels by axis, for networks whose config leaves them to the plan."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medseg.config import ModelConfig
 
+_DIVISOR = 8
 _FEWEST = 4  # voxels per axis that pooling leaves, as in nnU-Net (Isensee et al. 2021)
 _COARSE = 2.0  # an axis waits while its spacing exceeds the finest so many times
 
@@ -59,10 +61,14 @@ def stages_by_axis(
     return strides, kernels
 
 
-def divisors_of(model: ModelConfig, spatial_dims: int, network: dict[str, Any] | None = None) -> tuple[int, ...]:
-    """Per axis, what a patch must be a multiple of; 8 for a network that does not say."""
+def divisors_of(model: ModelConfig, spatial_dims: int, network: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """Per axis, what a patch must be a multiple of: at least 8, but for a network that the plan pools by axis.
+
+    Args:
+        network: fields of `model` that `pool_by_axis` chose.
+    """
     if network:
         model = type(model).model_validate({**model.model_dump(), **network})
-    if callable(by_axis := getattr(model, "divisors", None)):
-        return tuple(by_axis(spatial_dims))
-    return (int(getattr(model, "divisor", 8)),) * spatial_dims
+    by_axis = getattr(model, "divisors", None)
+    divisors = tuple(by_axis(spatial_dims)) if callable(by_axis) else (1,) * spatial_dims
+    return divisors if network else tuple(math.lcm(_DIVISOR, d) for d in divisors)

@@ -90,7 +90,7 @@ def _measure(config: Config, plan: Plan, steps: int, case_size: Sequence[int] | 
     config = step.with_plan(config, plan)
     device, bf16 = step.prepare_torch(config)
     examples = _examples(config, plan.patch_size, 2 * plan.batch_size)
-    training, source, loss = step.assemble(config, plan, examples, device)
+    training, source, loss = step.assemble(config, plan, step.build_network(config, plan), examples, device)
     validate = None
     if case_size:
         validate = partial(

@@ -58,7 +58,8 @@ def run(
     has_val = any(case.split == "val" for case in cohort.cases)
     val_examples = load_examples(cohort, cohort.split("val"), plan, cache, what="validation cases") if has_val else []
     reset_peak_memory(device)
-    training, source, loss = assemble(config, plan, train_examples, device)
+    net = build_network(config, plan)
+    training, source, loss = assemble(config, plan, net, train_examples, device)
     if resume:
         resume_training(training, folder.path / "checkpoints")
     labels = config.task.labels
@@ -99,8 +100,19 @@ def prepare_torch(config: Config) -> tuple[torch.device, bool]:
     return device, use_bf16(config.train.precision, device)
 
 
+def build_network(config: Config, plan: Plan) -> torch.nn.Module:
+    """The network, in the plan's memory mode, which changes neither weights nor results: it is no part of a bundle."""
+    mode = {"memory": plan.memory_mode} if plan.memory_mode else {}
+    return build_from_config(
+        config.model.model_copy(update=mode),
+        spatial_dims=config.task.spatial_dims,
+        in_channels=len(config.task.channels),
+        out_channels=config.task.out_channels,
+    )
+
+
 def assemble(
-    config: Config, plan: Plan, examples: Sequence[Example], device: torch.device
+    config: Config, plan: Plan, net: torch.nn.Module, examples: Sequence[Example], device: torch.device
 ) -> tuple[Training, BatchSource, torch.nn.Module]:
     """State, batches and loss of a training; the probe that measures a plan makes its own from here too."""
     source = BatchSource(
@@ -112,7 +124,7 @@ def assemble(
         seed=config.seed,
     )
     loss = build_loss(config.loss, _class_counts(config, examples)).to(device)
-    return start_training(_network(config, plan).to(device), config.train), source, loss
+    return start_training(net.to(device), config.train), source, loss
 
 
 def check_cohort(config: Config, cohort: Cohort) -> None:
@@ -161,17 +173,6 @@ def _check_classes(folder: Path, split: str, cases: Sequence[Case], labels: dict
                 f"{folder / 'cohort.csv'}: class {name!r} is missing from split {split!r} "
                 f"({len(cases)} cases); change ingest.split or add cases of it."
             )
-
-
-def _network(config: Config, plan: Plan) -> torch.nn.Module:
-    """In the plan's memory mode, which changes neither weights nor results, and so is no part of the bundle."""
-    mode = {"memory": plan.memory_mode} if plan.memory_mode else {}
-    return build_from_config(
-        config.model.model_copy(update=mode),
-        spatial_dims=config.task.spatial_dims,
-        in_channels=len(config.task.channels),
-        out_channels=config.task.out_channels,
-    )
 
 
 def _class_counts(config: Config, examples: Sequence[Example]) -> list[int]:

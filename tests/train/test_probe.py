@@ -16,7 +16,7 @@ from medseg.train import probe as probing
 from medseg.train.device import peak_memory_gb, reset_peak_memory
 from medseg.train.planning import make_plan
 from medseg.train.probe import OutOfMemory, _examples, _validate_one_window, probe
-from medseg.train.step import assemble, prepare_torch
+from medseg.train.step import assemble, build_network, prepare_torch
 from medseg.train.validate import validate
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_made_up_cases_train_and_validate_like_real_ones(classifies: bool) -> No
     size = (32,) * dims if classifies else (16,) * dims
     plan = Plan(spatial_dims=dims, patch_size=size, batch_size=2)
     device, _ = prepare_torch(config.model_copy(update={"device": "cpu"}))
-    training, source, loss = assemble(config, plan, _examples(config, size, 4), device)
+    training, source, loss = assemble(config, plan, build_network(config, plan), _examples(config, size, 4), device)
     batch = source.make(source.draw(0))
     assert batch.image.shape == (2, 1, *size)
     assert torch.isfinite(loss(training.net(batch.image), batch.target))
