@@ -172,8 +172,8 @@ def _patches(
     side = np.minimum(np.median(extent, axis=0), 512)
     least = np.array([min(2 * d, n) for n, d in zip(whole, divisors, strict=True)])
     while True:
-        patch = tuple(max(d, int(n) // d * d) for n, d in zip(side, divisors, strict=True))
-        voxels = np.prod(np.maximum(side, divisors))
+        patch = tuple(max(int(low), int(n) // d * d) for n, d, low in zip(side, divisors, least, strict=True))
+        voxels = np.prod(np.maximum(side, least))
         if voxels <= most and (not found or math.prod(patch) < math.prod(found[-1][0])):
             found.append((patch, pool_by_axis(model, patch, spacing)))
         free = side > least

@@ -11,10 +11,11 @@ import pytest
 from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_radiograph_config
 
 from medseg.cohort import Case, Cohort, write_cohort
-from medseg.config import Strict, load_config
+from medseg.config import Strict
+from medseg.data.preprocess import normalise_inplace
 from medseg.files import UserError
 from medseg.images import write_nifti
-from medseg.plan import read_plan, write_plan
+from medseg.plan import Plan, read_plan, write_plan
 from medseg.train.budget import Candidate, Chooser, Measured, TooLarge, fit_law
 from medseg.train.draft import draft_plan
 from medseg.train.fingerprint import measure_cohort, target_spacing
@@ -121,6 +122,20 @@ def test_intensities_follow_modality_and_background(tmp_path: Path, modality: st
         assert plan.intensity_sd == pytest.approx(float(inside.std()), rel=0.03)
 
 
+def test_a_mask_of_zeros_stays_zero_and_sets_no_mean() -> None:
+    rng = np.random.default_rng(1)
+    channel = rng.normal(300, 50, (12, 12, 12)).astype(np.float32)
+    channel[:6] = 0
+    plan = Plan(spatial_dims=3, patch_size=(8, 8, 8), batch_size=1, normalise="zscore_nonzero")
+    normalise_inplace(channel, plan)
+    assert not channel[:6].any()
+    assert channel[6:].mean() == pytest.approx(0, abs=1e-5)
+    assert channel[6:].std() == pytest.approx(1, rel=1e-5)
+    empty = np.zeros((4, 4, 4), dtype=np.float32)
+    normalise_inplace(empty, plan)
+    assert not empty.any()
+
+
 # ---- pooling and patches
 
 
@@ -172,7 +187,7 @@ def test_candidates_grow_smaller_and_stay_legal(boxes: Cohort) -> None:
     assert candidates[0].patch == (24, 16, 16)  # the field of view and no more, whatever the budget
     assert [one.batch for one in candidates[:3]] == [4, 3, 2]
     assert all(a.voxels > b.voxels for a, b in itertools.pairwise(candidates))
-    assert all(n % 8 == 0 for one in candidates for n in one.patch)
+    assert all(n % 8 == 0 and n >= 16 for one in candidates for n in one.patch)
 
 
 def test_without_a_budget_a_cpu_step_is_bounded(tmp_path: Path) -> None:
@@ -401,8 +416,3 @@ def test_every_number_has_its_reason(boxes: Cohort) -> None:
     plan = measured_plan(tiny_config("plan={}", "device=cpu"), boxes, Device({"": 1.0}))
     assert {"spacing_mm", "patch_size", "batch_size", "normalise", "memory_gb", "memory_law"} <= set(plan.reasons)
     assert "free" in plan.reasons["memory_law"]
-
-
-def test_shipped_plans_keep_patch_and_batch() -> None:
-    demo = load_config("demo_brain").plan
-    assert (demo.patch_size, demo.batch_size) == ((48, 48, 48), 2)
