@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_radiograph_config
 
 from medseg.cohort import Case, Cohort, write_cohort
@@ -17,11 +18,13 @@ from medseg.files import UserError
 from medseg.images import write_nifti
 from medseg.plan import Plan, read_plan, write_plan
 from medseg.train.budget import Candidate, Chooser, Measured, TooLarge, fit_law
+from medseg.train.device import peak_memory_gb
 from medseg.train.draft import draft_plan
 from medseg.train.fingerprint import measure_cohort, target_spacing
 from medseg.train.planning import make_plan, measured_plan, plan_to_train
 from medseg.train.pooling import divisors_of, pool_by_axis, stages_by_axis
 from medseg.train.probe import shrink_patch
+from medseg.train.step import _hold_contract, with_plan
 from medseg.volume import Volume
 
 
@@ -416,3 +419,45 @@ def test_every_number_has_its_reason(boxes: Cohort) -> None:
     plan = measured_plan(tiny_config("plan={}", "device=cpu"), boxes, Device({"": 1.0}))
     assert {"spacing_mm", "patch_size", "batch_size", "normalise", "memory_gb", "memory_law"} <= set(plan.reasons)
     assert "free" in plan.reasons["memory_law"]
+
+
+class _Log:
+    """What a run would tell MLflow."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.tags: dict[str, str] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics |= metrics
+
+    def set_tag(self, name: str, value: str) -> None:
+        self.tags[name] = value
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1.0, True), (1.08, True), (0.92, True), (1.3, False), (0.7, False)])
+def test_training_says_whether_the_plan_kept_its_word(
+    factor: float, kept: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu, log = torch.device("cpu"), _Log()
+    promised = factor * peak_memory_gb(cpu)
+    plan = Plan(3, (16, 16, 16), 2, predicted_memory_gb=promised, memory_law={"device": "cpu"})
+    figures = _hold_contract(plan, cpu, log, 5)
+    assert figures["memory_error"] == pytest.approx(factor - 1, abs=0.01)
+    assert log.metrics == figures
+    assert log.tags["medseg.memory_contract"].startswith("kept" if kept else "missed")
+    assert ("Warning: the plan foretold" in capsys.readouterr().err) != kept
+
+
+def test_a_plan_of_another_device_promises_nothing_here() -> None:
+    plan = Plan(3, (16, 16, 16), 2, predicted_memory_gb=9.0, memory_law={"device": "NVIDIA H200"})
+    assert _hold_contract(plan, torch.device("cpu"), _Log(), 5) == {}
+
+
+def test_the_plan_fills_only_what_the_config_left_null() -> None:
+    config = tiny_config()
+    assert with_plan(config, Plan(3, (16, 16, 16), 2)) is config
+    filled = with_plan(config, Plan(3, (16, 16, 16), 2, network={"strides": [4]}))
+    assert filled.model.strides == (4,)
+    assert filled.model.channels == config.model.channels
+    assert with_plan(filled, Plan(3, (16, 16, 16), 2, network={"strides": [4]})) == filled  # so a run can be resumed
