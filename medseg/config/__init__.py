@@ -4,10 +4,28 @@ YAML is data only: at most one `extends:` (a sibling file, or a name in configs/
 `--set a.b=c` is the only override. An unknown key or a wrong value fails at load with the field's path.
 """
 
+from medseg.config.classifiers import (
+    DenseNetConfig,
+    InceptionConfig,
+    MobileNetConfig,
+    ResNetConfig,
+    SqueezeNetConfig,
+    VGGConfig,
+)
 from medseg.config.fields import Strict
 from medseg.config.ingest import FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
-from medseg.config.models import DenseNetConfig, DynUNetConfig, ModelConfig, SegResNetConfig, UNetConfig, UNetPPConfig
+from medseg.config.models import (
+    AttentionUNetConfig,
+    DynUNetConfig,
+    MedNeXtConfig,
+    ModelConfig,
+    SegResNetConfig,
+    SwinUNETRConfig,
+    UNetConfig,
+    UNetPPConfig,
+)
+from medseg.config.network import NetworkConfig
 from medseg.config.results import (
     CodeConfig,
     ExplainConfig,
@@ -21,6 +39,7 @@ from medseg.config.training import AugmentConfig, CrossEntropyConfig, DiceCEConf
 from medseg.config.tree import Config, TaskConfig
 
 __all__ = [
+    "AttentionUNetConfig",
     "AugmentConfig",
     "CodeConfig",
     "Config",
@@ -31,22 +50,30 @@ __all__ = [
     "ExplainConfig",
     "ExportConfig",
     "FindingCode",
+    "InceptionConfig",
     "IngestConfig",
     "LossConfig",
+    "MedNeXtConfig",
+    "MobileNetConfig",
     "ModelConfig",
+    "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
     "ReportConfig",
+    "ResNetConfig",
     "SegResNetConfig",
     "SegmentConfig",
     "SplitConfig",
+    "SqueezeNetConfig",
     "Strict",
+    "SwinUNETRConfig",
     "TableConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
     "UNetConfig",
     "UNetPPConfig",
+    "VGGConfig",
     "apply_override",
     "dump_config",
     "find_config",

@@ -14,11 +14,11 @@ from medseg.plan import Plan
 from medseg.train.budget import Candidate
 from medseg.train.device import choose_device
 from medseg.train.fingerprint import Fingerprint, measure_cohort, target_spacing
-from medseg.train.pooling import divisors_of, pool_by_axis
+from medseg.train.pooling import completed, divisors_of, pool_by_axis
 
 _CPU_VOXELS = 96**3  # a step of at most so many where no budget is given: a CPU's time, not its memory, ends there
 _BATCHES = (4, 3, 2)
-_RADIOGRAPHS, _SIZE_PX = 8, 224
+_RADIOGRAPHS = 8
 _BRAIN_EXTRACTED = 0.25  # share of zeros from which, as in nnU-Net, intensities are taken inside the mask
 
 
@@ -46,9 +46,10 @@ def draft_plan(config: Config, cohort: Cohort, cases: Sequence[Case]) -> Draft:
 
 def _draft_radiographs(config: Config, found: Fingerprint) -> Draft:
     fixed = config.plan
-    divisors = divisors_of(config.model, 2)
-    published = int(getattr(config.model, "published_px", _SIZE_PX))
+    divisors = divisors_of(config.model, 2, {})
+    published = config.model.published_px
     size = fixed.size_px or published
+    by = f", the size at which {config.model.variant} was published" if config.model.classifies else ""
     largest = fixed.batch_size or _RADIOGRAPHS
     candidates = [Candidate((size, size), largest)]
     if fixed.batch_size is None:
@@ -64,7 +65,7 @@ def _draft_radiographs(config: Config, found: Fingerprint) -> Draft:
         normalise="zscore",
         fingerprint={"median_shape_px": np.median(found.shapes, axis=0).tolist(), **found.facts()},
         reasons={
-            "size_px": _fixed(fixed.size_px, f"{published} px, the size at which the network was published"),
+            "size_px": _fixed(fixed.size_px, f"{published} px{by}"),
             "batch_size": _fixed(fixed.batch_size, f"{_RADIOGRAPHS} radiographs"),
             "normalise": "per image: exposure differs between radiographs",
         },
@@ -161,7 +162,8 @@ def _patches(
     wanted = tuple(math.ceil(n) for n in field)
     network = pool_by_axis(model, wanted, spacing)
     divisors = divisors_of(model, 3, network)
-    whole = tuple(_round_up(n, d) for n, d in zip(wanted, divisors, strict=True))
+    rounded = [_round_up(n, d) for n, d in zip(wanted, divisors, strict=True)]
+    whole = completed(model, network).legal_size(rounded)
     found: _Patches = []
     shown = " × ".join(str(d) for d in divisors) if len(set(divisors)) > 1 else str(divisors[0])
     reason = f"three cases in four as a whole (75th percentile), rounded up to multiples of {shown}"

@@ -61,14 +61,16 @@ def stages_by_axis(
     return strides, kernels
 
 
-def divisors_of(model: ModelConfig, spatial_dims: int, network: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Per axis, what a patch must be a multiple of: at least 8, but for a network that the plan pools by axis.
+def completed(model: ModelConfig, network: Mapping[str, Any]) -> ModelConfig:
+    """The model's config with the fields that `pool_by_axis` chose."""
+    return type(model).model_validate({**model.model_dump(), **network}) if network else model
+
+
+def divisors_of(model: ModelConfig, spatial_dims: int, network: Mapping[str, Any]) -> tuple[int, ...]:
+    """Per axis, what a planned patch is a multiple of: of 8 too, but for a network that the plan pools by axis.
 
     Args:
         network: fields of `model` that `pool_by_axis` chose.
     """
-    if network:
-        model = type(model).model_validate({**model.model_dump(), **network})
-    by_axis = getattr(model, "divisors", None)
-    divisors = tuple(by_axis(spatial_dims)) if callable(by_axis) else (1,) * spatial_dims
+    divisors = completed(model, network).divisors(spatial_dims)
     return divisors if network else tuple(math.lcm(_DIVISOR, d) for d in divisors)

@@ -17,15 +17,17 @@ from medseg.cohort import Case, Cohort
 from medseg.config import Config, TaskConfig, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import Example, load_examples
-from medseg.files import UserError, read_json, write_rows, write_text
+from medseg.files import UserError, read_json, write_json, write_rows, write_text
 from medseg.losses import build_loss
 from medseg.models import build_from_config
+from medseg.models.pretrained import load_pretrained
 from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.runs import RunFolder
 from medseg.tracking import Tracker
 from medseg.train.device import choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
 from medseg.train.loop import Training, resume_training, start_training, train_loop
+from medseg.train.pooling import completed
 from medseg.train.validate import validate
 
 _MEMORY_TOLERANCE = 0.10
@@ -42,11 +44,14 @@ def run(
         resume: go on from the newest checkpoint.
 
     Raises:
-        UserError: a split is empty, a class is missing from it, there is nothing to resume.
+        UserError: a split is empty, a class is missing from it, the plan or the pretrained weights do not fit the
+            network, there is nothing to resume.
         KeyboardInterrupt: stopped by the user; the state is saved.
     """
     check_cohort(config, cohort)
     config = with_plan(config, plan)
+    if problem := config.model.size_problem(plan.patch_size):
+        raise UserError(f"plan.patch_size: {problem}.")
     device, bf16 = prepare_torch(config)
     write_text(folder.path / "config.yaml", dump_config(config))
     write_plan(folder.path / "plan.yaml", plan)
@@ -59,6 +64,8 @@ def run(
     val_examples = load_examples(cohort, cohort.split("val"), plan, cache, what="validation cases") if has_val else []
     reset_peak_memory(device)
     net = build_network(config, plan)
+    if not resume:
+        _set_pretrained(net, config, folder, tracker)
     training, source, loss = assemble(config, plan, net, train_examples, device)
     if resume:
         resume_training(training, folder.path / "checkpoints")
@@ -86,10 +93,7 @@ def run(
 
 def with_plan(config: Config, plan: Plan) -> Config:
     """The config with those fields of `model` that the plan chose, where the config left them null."""
-    if not plan.network:
-        return config
-    model = type(config.model).model_validate({**config.model.model_dump(), **plan.network})
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": completed(config.model, plan.network)}) if plan.network else config
 
 
 def prepare_torch(config: Config) -> tuple[torch.device, bool]:
@@ -173,6 +177,13 @@ def _check_classes(folder: Path, split: str, cases: Sequence[Case], labels: dict
                 f"{folder / 'cohort.csv'}: class {name!r} is missing from split {split!r} "
                 f"({len(cases)} cases); change ingest.split or add cases of it."
             )
+
+
+def _set_pretrained(net: torch.nn.Module, config: Config, folder: RunFolder, tracker: Tracker) -> None:
+    """Start from the weights that the config names, and record in `pretrained.json` what they were."""
+    pretrained = load_pretrained(net, config.model)
+    if pretrained is not None:
+        tracker.log_artifact(write_json(folder.path / "pretrained.json", pretrained))
 
 
 def _class_counts(config: Config, examples: Sequence[Example]) -> list[int]:

@@ -12,7 +12,6 @@ import torch
 from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_radiograph_config
 
 from medseg.cohort import Case, Cohort, write_cohort
-from medseg.config import Strict
 from medseg.data.preprocess import normalise_inplace
 from medseg.files import UserError
 from medseg.images import write_nifti
@@ -24,7 +23,7 @@ from medseg.train.fingerprint import measure_cohort, target_spacing
 from medseg.train.planning import make_plan, measured_plan, plan_to_train
 from medseg.train.pooling import divisors_of, pool_by_axis, stages_by_axis
 from medseg.train.probe import shrink_patch
-from medseg.train.step import _hold_contract, with_plan
+from medseg.train.step import _hold_contract, build_network, with_plan
 from medseg.volume import Volume
 
 
@@ -163,25 +162,22 @@ def test_pooling_never_leaves_fewer_than_four_voxels(patch: tuple[int, ...]) -> 
     assert (done | (np.prod(strides, axis=0) == 2**5)).all()  # and it stops only there
 
 
-class _Pooled(Strict):
-    channels: tuple[int, ...] = (8, 16, 32)
-    strides: tuple[tuple[int, ...], ...] | None = None
-    kernels: tuple[tuple[int, ...], ...] | None = None
-
-    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
-        if self.strides is None:
-            return (4,) * spatial_dims
-        return tuple(int(n) for n in np.prod(self.strides, axis=0))
-
-
 def test_a_network_that_leaves_its_strides_null_gets_them_from_the_plan() -> None:
-    model = _Pooled()
+    model = DynUNetConfig(channels=(8, 16, 32))
     assert pool_by_axis(model, (64, 64, 64), (1, 1, 1)) == {}  # its own default is right
     chosen = pool_by_axis(model, (64, 64, 12), (1, 1, 5))
     assert chosen["strides"] == [(2, 2, 1), (2, 2, 1)]
     assert chosen["kernels"] == [(3, 3, 1), (3, 3, 1), (3, 3, 3)]
     assert divisors_of(model, 3, chosen) == (4, 4, 1)
-    assert pool_by_axis(_Pooled(strides=((2, 2, 2), (2, 2, 2))), (64, 64, 12), (1, 1, 5)) == {}
+    assert pool_by_axis(DynUNetConfig(channels=(8, 16, 32), strides=(2, 2)), (64, 64, 12), (1, 1, 5)) == {}
+
+
+def test_a_network_pooled_by_axis_is_built_and_travels_in_the_config() -> None:
+    config = tiny_config("model={name: dynunet, channels: [4, 8, 8]}")
+    plan = Plan(3, (32, 32, 6), 1, network=pool_by_axis(config.model, (32, 32, 6), (1, 1, 5)))
+    filled = with_plan(config, plan)
+    assert filled.model.size_problem(plan.patch_size) is None
+    assert build_network(filled, plan)(torch.zeros(1, 1, *plan.patch_size)).shape == (1, 3, 32, 32, 6)
 
 
 def test_candidates_grow_smaller_and_stay_legal(boxes: Cohort) -> None:
