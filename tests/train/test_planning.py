@@ -12,6 +12,7 @@ import torch
 from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_radiograph_config
 
 from medseg.cohort import Case, Cohort, write_cohort
+from medseg.config import DynUNetConfig
 from medseg.data.preprocess import normalise_inplace
 from medseg.files import UserError
 from medseg.images import write_nifti
