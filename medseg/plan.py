@@ -20,10 +20,17 @@ class Plan:
         size_px: (rows, columns) to which radiographs are resized; empty for volumes.
         patch_size: voxels seen by one training step and one inference window.
         batch_size: items per step.
-        normalise: `zscore` per image, or `ct`: clip to `intensity_low/high`, then subtract and divide by the
-            cohort's foreground mean and standard deviation.
+        normalise: `zscore` per image; `zscore_nonzero` likewise, over the voxels that are not exactly 0, which stay 0
+            (brain-extracted images); or `ct`: clip to `intensity_low/high`, then subtract and divide by the cohort's
+            foreground mean and standard deviation.
         intensity_low, intensity_high, intensity_mean, intensity_sd: in the image's unit (HU for CT); only `ct`.
-        memory_gb: measured peak memory of a training step, if probed. step_seconds: likewise.
+        network: fields of the config's `model` that were null and follow from the cohort: pooling and kernels by axis.
+        memory_mode: what training keeps for the backward pass, for networks that have the choice; else empty.
+        predicted_memory_gb: peak memory of training (1e9 bytes; resident on a CPU, allocated on a GPU) as the growth
+            law foretold it, before this patch was measured.
+        memory_gb: the same, measured on this patch and batch; None where it was not measured.
+        step_seconds: median of a training step, likewise.
+        memory_law: the growth law, the points it was fitted to, its residual, the device and the budget.
         fingerprint: what was measured on the cohort. reasons: why each number is what it is.
     """
 
@@ -32,13 +39,17 @@ class Plan:
     batch_size: int
     spacing_mm: tuple[float, ...] = ()
     size_px: tuple[int, ...] = ()
-    normalise: Literal["zscore", "ct"] = "zscore"
+    normalise: Literal["zscore", "zscore_nonzero", "ct"] = "zscore"
     intensity_low: float = 0.0
     intensity_high: float = 0.0
     intensity_mean: float = 0.0
     intensity_sd: float = 1.0
+    network: Mapping[str, Any] = field(default_factory=dict)
+    memory_mode: str = ""
+    predicted_memory_gb: float | None = None
     memory_gb: float | None = None
     step_seconds: float | None = None
+    memory_law: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 

@@ -90,6 +90,8 @@ def train(
     cohort = read_cohort(cohort_dir)
     if resume:
         folder = find_run(workspace, resume)
+        if (folder.path / "plan.yaml").is_file():  # the run's config holds what the plan chose for the network
+            config = step.with_plan(config, _read_plan(config, cohort, folder))
         _same_config(config, folder)
     else:
         step.check_cohort(config, cohort)
@@ -277,7 +279,7 @@ def _plan_folder(config: Config, cohort: "Cohort") -> Path:
 def _read_plan(config: Config, cohort: "Cohort", folder: RunFolder) -> "Plan":
     """The run's own plan, else the cohort's plan for this config if it still fits, else a new one."""
     from medseg.plan import read_plan
-    from medseg.train.planning import make_plan, plan_key
+    from medseg.train.planning import plan_key, plan_to_train
 
     if (folder.path / "plan.yaml").is_file():
         return read_plan(folder.path / "plan.yaml")
@@ -286,7 +288,7 @@ def _read_plan(config: Config, cohort: "Cohort", folder: RunFolder) -> "Plan":
         found = read_plan(made)
         if found.fingerprint.get("key") == plan_key(config, cohort):
             return found
-    return make_plan(config, cohort)
+    return plan_to_train(config, cohort)
 
 
 def _same_config(config: Config, folder: RunFolder) -> None:

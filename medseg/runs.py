@@ -146,7 +146,7 @@ def machine_facts() -> dict[str, object]:
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = min(psutil.virtual_memory().total, _container_memory())
+    memory = min(psutil.virtual_memory().total, container_memory())
     return {
         "cores": cores,
         "memory_gb": round(memory / 1e9, 1),
@@ -215,7 +215,7 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
-def _container_memory() -> int:
+def container_memory() -> int:
     """Memory limit of the control group in bytes, or the largest integer where there is none."""
     try:
         return int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -8,14 +8,19 @@ from medseg.config.fields import Count, NotNegative, Positive, Share, Strict
 
 
 class PlanConfig(Strict):
-    """What the planner may not choose itself: a null is chosen from the cohort and recorded with its reason."""
+    """What the planner may not choose itself: a null is chosen from the cohort and recorded with its reason.
+
+    `memory_gb` (1e9 bytes) bounds the peak of training. A null means 90 % of a GPU's free memory; on a CPU 80 % of the
+    available memory, and at most 96³ voxels a step. `probe_seconds` is about what measuring may take.
+    """
 
     spacing_mm: tuple[Positive, ...] | None = None
     size_px: Annotated[int, Field(ge=32, le=2048)] | None = None
     patch_size: tuple[Count, ...] | None = None
     batch_size: Count | None = None
-    normalise: Literal["auto", "zscore", "ct"] = "auto"
+    normalise: Literal["auto", "zscore", "zscore_nonzero", "ct"] = "auto"
     memory_gb: Positive | None = None
+    probe_seconds: Positive = 60.0
 
 
 class DiceCEConfig(Strict):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medseg.config import AugmentConfig
 from medseg.data.augment import AugmentParameters, augment, draw_augment
-from medseg.data.cache import Example
+from medseg.data.cache import Example, release
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ class BatchSource:
         for item in parameters:
             example = self.examples[item.index]
             images.append(crop(example.image, item.centre, self.patch_size))
+            release(example.image)
             if example.label is not None:
                 labels.append(crop(example.label[None], item.centre, self.patch_size))
+                release(example.label)
         image = torch.from_numpy(np.stack(images))
         label = torch.from_numpy(np.stack(labels).astype(np.float32)) if labels else None
         image, label = augment(image, label, [item.augment for item in parameters])

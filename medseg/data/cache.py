@@ -3,6 +3,7 @@ than the memory still trains."""
 
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,8 +79,20 @@ def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path) -> Example:
     image = np.load(image_path, mmap_mode="r", allow_pickle=False)
     label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
     points = () if label is None else _points(np.asarray(label), max(cohort.label_names.values(), default=0))
+    if label is not None:
+        release(label)
     target = cohort.label_names.get(case.target, -1) if case.target else -1
     return Example(case, image, label, points, target)
+
+
+def release(array: NDArray[np.generic]) -> None:
+    """Let go of the pages that were read of a memory-mapped array; they stay in the system's cache, off this process.
+
+    Else the resident set grows to the size of the cohort, and hides what training itself takes.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _points(label: NDArray[np.integer], classes: int) -> tuple[NDArray[np.int32], ...]:

@@ -77,6 +77,12 @@ def normalise_inplace(channel: NDArray[np.float32], plan: Plan) -> None:
         channel -= plan.intensity_mean
         channel /= max(plan.intensity_sd, 1e-6)
         return
+    if plan.normalise == "zscore_nonzero":
+        inside = channel != 0
+        values = channel[inside].astype(np.float64)
+        if values.size and (spread := float(values.std())) > 0:
+            channel[inside] = (values - values.mean()) / spread
+        return
     channel -= channel.mean(dtype=np.float64)
     deviation = float(channel.std(dtype=np.float64))
     if deviation > 0:

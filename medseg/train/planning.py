@@ -1,55 +1,98 @@
-"""The step `plan`: what the cohort measures, and what follows from it."""
+"""The step `plan`: what the cohort measures, what follows from it, and what fits into memory.
+
+When is memory measured? `medseg plan` always does. `medseg train` without a plan makes one, and measures where the
+choice depends on it: with `plan.memory_gb` set, and on a GPU where the config fixes neither patch nor batch.
+"""
 
 import hashlib
-import math
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import torch
 
-from medseg.cohort import Case, Cohort
-from medseg.config import Config, NetworkConfig
-from medseg.files import dump_json
-from medseg.images import read_image
+from medseg.cohort import Cohort
+from medseg.config import Config, ModelConfig, PlanConfig
+from medseg.files import UserError, dump_json
 from medseg.plan import Plan, write_plan
-from medseg.progress import tracked
 from medseg.result import Result
-from medseg.train.probe import probe
+from medseg.train import probe
+from medseg.train.budget import Candidate, Choice, Chooser, Measure, Measured, TooLarge
+from medseg.train.device import choose_device, device_name, free_memory_gb
+from medseg.train.draft import Draft, draft_plan
+from medseg.train.fingerprint import canonical_grids
+from medseg.train.pooling import divisors_of
 from medseg.train.step import check_cohort
-from medseg.volume import closest_axes, spacing_of, to_canonical
 
-_MAX_PATCH_VOXELS = 96**3  # a patch that a U-Net of 32 to 256 channels trains on within 8 GB
-_DIVISOR = 8  # patches are multiples of it even for networks that need less
-_CT_SAMPLES = 20_000
+_GPU_SHARE, _CPU_SHARE = 0.9, 0.8  # of the free memory, where no budget is given
+_MODES = ("store", "checkpoint", "reversible")  # fastest first
 
 
 def run(config: Config, cohort: Cohort, out: Path, *, measure: bool = True) -> Result:
-    """Write `out/plan.yaml`: grid, patch, batch and intensities, each with its reason; with `measure`, also the
-    peak memory and the time of a training step, measured in a process of its own.
+    """Write `out/plan.yaml`: grid, patch, batch, pooling and intensities, each with its reason; with `measure`, also
+    the memory mode, the peak memory and the time of a training step, measured in processes of their own.
 
     Raises:
-        UserError: the cohort does not fit the config, or nothing can be planned from it.
+        UserError: the cohort does not fit the config, nothing can be planned from it, or nothing fits the budget.
     """
     check_cohort(config, cohort)
-    plan = make_plan(config, cohort)
+    plan = measured_plan(config, cohort) if measure else make_plan(config, cohort)
     figures: dict[str, object] = {"cases": len(cohort.cases), "patch_size": plan.patch_size}
     figures |= {"batch_size": plan.batch_size, "spacing_mm": plan.spacing_mm or plan.size_px}
     if measure:
-        plan, probed = probe(config, plan)
-        figures |= probed | _time_estimate(config, cohort, plan)
+        names = ("memory_mode", "predicted_memory_gb", "memory_gb", "step_seconds")
+        figures |= {name: value for name in names if (value := getattr(plan, name)) not in (None, "")}
+        figures |= _time_estimate(config, cohort, plan)
     path = write_plan(out / "plan.yaml", plan)
     return Result("plan", "done", {"plan": path}, figures).write(out)
 
 
 def make_plan(config: Config, cohort: Cohort) -> Plan:
-    """Fingerprint of the train split, then the plan; what the config fixes is taken as it is."""
-    cases = cohort.split("train")
-    flat = config.task.spatial_dims == 2
-    plan = _plan_radiographs(config, cases) if flat else _plan_volumes(config, cohort, cases)
-    return replace(plan, fingerprint={"key": plan_key(config, cohort), **plan.fingerprint})
+    """Fingerprint of the train split, then the plan, without measuring memory; what the config fixes is taken as it
+    is."""
+    return _draft(config, cohort).plan
+
+
+def plan_to_train(config: Config, cohort: Cohort) -> Plan:
+    """The plan of a training that was not planned: measured only where a choice depends on it."""
+    free = config.plan.patch_size is None and config.plan.size_px is None and config.plan.batch_size is None
+    if config.plan.memory_gb is not None or (free and choose_device(config.device).type == "cuda"):
+        return measured_plan(config, cohort)
+    return make_plan(config, cohort)
+
+
+def measured_plan(config: Config, cohort: Cohort, measure: Measure | None = None) -> Plan:
+    """The plan whose patch, batch and memory mode fit the budget.
+
+    Args:
+        measure: how a candidate is measured; by default in a fresh process.
+
+    Raises:
+        UserError: nothing fits; it names what would.
+    """
+    draft = _draft(config, cohort)
+    device = choose_device(config.device)
+    budget_gb, why = _budget(config.plan, device)
+    case_size = _largest_validation_case(config, cohort, draft.plan)
+    chooser = Chooser(
+        draft.candidates,
+        _modes(config.model),
+        budget_gb,
+        measure or _measurer(config, draft.plan, case_size),
+        lambda candidate, share: _shrunk(config.model, candidate, share),
+        device_type=device.type,
+        seconds=config.plan.probe_seconds,
+    )
+    try:
+        choice = chooser.choose()
+    except TooLarge as error:
+        raise UserError(
+            f"{device_name(device)}: not even {error} could be trained for a step, out of memory; make model.channels "
+            "smaller, or free memory."
+        ) from error
+    return _chosen(draft.plan, choice, device_name(device), budget_gb, why)
 
 
 def plan_key(config: Config, cohort: Cohort) -> str:
@@ -58,111 +101,87 @@ def plan_key(config: Config, cohort: Cohort) -> str:
     return hashlib.sha256(dump_json([str(part) for part in parts]).encode()).hexdigest()[:16]
 
 
-def _plan_radiographs(config: Config, cases: Sequence[Case]) -> Plan:
-    shapes = np.array([case.shape for case in cases])
-    size = config.plan.size_px or config.model.published_px
-    batch = config.plan.batch_size or 8
-    return Plan(
-        spatial_dims=2,
-        patch_size=(size, size),
-        batch_size=batch,
-        size_px=(size, size),
-        normalise="zscore",
-        fingerprint={"cases": len(cases), "median_shape_px": np.median(shapes, axis=0).tolist()},
-        reasons={
-            "size_px": _fixed(config.plan.size_px, _published(config)),
-            "batch_size": _fixed(config.plan.batch_size, "8 radiographs"),
-            "normalise": "per image: exposure differs between radiographs",
-        },
+def _draft(config: Config, cohort: Cohort) -> Draft:
+    drafted = draft_plan(config, cohort, cohort.split("train"))
+    fingerprint = {"key": plan_key(config, cohort), **drafted.plan.fingerprint}
+    return replace(drafted, plan=replace(drafted.plan, fingerprint=fingerprint))
+
+
+def _budget(fixed: PlanConfig, device: torch.device) -> tuple[float, str]:
+    if fixed.memory_gb is not None:
+        return fixed.memory_gb, "set in the config"
+    share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
+    free = free_memory_gb(device)
+    return share * free, f"{share:.0%} of the {free:.1f} GB that are free"
+
+
+def _modes(model: ModelConfig) -> tuple[str, ...]:
+    """The memory modes to choose from, fastest first; the config's own where it names one."""
+    fields = type(model).model_fields
+    if "memory" not in fields:
+        return ("",)
+    if "memory" in model.model_fields_set:
+        return (str(getattr(model, "memory")),)  # noqa: B009  (not every model has it)
+    known = get_args(fields["memory"].annotation)
+    return tuple(mode for mode in _MODES if mode in known)
+
+
+def _measurer(config: Config, plan: Plan, case_size: Sequence[int] | None) -> Measure:
+    def measure(candidate: Candidate, mode: str, steps: int) -> Measured:
+        trial = replace(
+            plan, patch_size=candidate.patch, batch_size=candidate.batch, network=candidate.network, memory_mode=mode
+        )
+        try:
+            found = probe.probe(config, trial, steps=steps, case_size=case_size)
+        except probe.OutOfMemory as error:
+            raise TooLarge(str(candidate)) from error
+        return Measured(candidate, mode, found["step_gb"], found["peak_gb"], found["step_seconds"])
+
+    return measure
+
+
+def _shrunk(model: ModelConfig, candidate: Candidate, share: float) -> Candidate | None:
+    divisors = divisors_of(model, len(candidate.patch), candidate.network)
+    made = probe.shrink_patch(candidate.patch, candidate.batch, divisors, share)
+    return Candidate(made[0], made[1], candidate.network) if made else None
+
+
+def _largest_validation_case(config: Config, cohort: Cohort, plan: Plan) -> tuple[int, ...] | None:
+    """Voxels per axis, on the network's grid, of the largest case that validation predicts."""
+    cases = [case for case in cohort.cases if case.split == "val"]
+    if not cases:
+        return None
+    if plan.size_px:
+        return plan.size_px
+    spacings, shapes = canonical_grids(cohort, cases)
+    extents = np.round(shapes * spacings / np.asarray(plan.spacing_mm)).astype(int)
+    return tuple(int(n) for n in extents[np.argmax(extents.prod(axis=1))])
+
+
+def _chosen(plan: Plan, choice: Choice, device: str, budget_gb: float, why: str) -> Plan:
+    """The plan with the choice in it, and why."""
+    candidate, measured = choice.candidate, choice.measured
+    reasons: dict[str, str] = {**plan.reasons, **choice.notes}
+    reasons["memory_law"] = f"budget {budget_gb:.2f} GB: {why}"
+    for name, new, old in (
+        ("size_px" if plan.size_px else "patch_size", candidate.patch, plan.patch_size),
+        ("batch_size", candidate.batch, plan.batch_size),
+    ):
+        if new != old:
+            reasons[name] += f"; {old} taken down to fit {budget_gb:.2f} GB"
+    return replace(
+        plan,
+        patch_size=candidate.patch,
+        size_px=candidate.patch if plan.size_px else (),
+        batch_size=candidate.batch,
+        network=candidate.network,
+        memory_mode=choice.mode,
+        predicted_memory_gb=round(choice.predicted_gb, 3),
+        memory_gb=round(measured.peak_gb, 3) if measured else None,
+        step_seconds=measured.step_seconds if measured else None,
+        memory_law=choice.law_facts(device, budget_gb),
+        reasons=reasons,
     )
-
-
-def _plan_volumes(config: Config, cohort: Cohort, cases: Sequence[Case]) -> Plan:
-    spacings, shapes = _canonical_grids(cohort, cases)
-    spacing = config.plan.spacing_mm or tuple(float(f"{s:.4g}") for s in np.median(spacings, axis=0))
-    extent = np.round(shapes * spacings / np.asarray(spacing)).astype(int)
-    patch, patch_reason = _choose_patch(extent, config.model)
-    patch = config.plan.patch_size or patch
-    batch = config.plan.batch_size or max(2, min(4, _MAX_PATCH_VOXELS // math.prod(patch)))
-    modalities = Counter(case.modality for case in cases)
-    wanted = config.plan.normalise
-    is_ct = wanted == "ct" or (wanted == "auto" and modalities.most_common(1)[0][0] == "CT")
-    low, high, mean, deviation = _ct_intensities(cohort, cases) if is_ct else (0.0, 0.0, 0.0, 1.0)
-    return Plan(
-        spatial_dims=3,
-        patch_size=patch,
-        batch_size=batch,
-        spacing_mm=spacing,
-        normalise="ct" if is_ct else "zscore",
-        intensity_low=low,
-        intensity_high=high,
-        intensity_mean=mean,
-        intensity_sd=deviation,
-        fingerprint={
-            "cases": len(cases),
-            "median_spacing_mm": np.median(spacings, axis=0).tolist(),
-            "median_shape": np.median(shapes, axis=0).tolist(),
-            "largest_shape_at_spacing": extent.max(axis=0).tolist(),
-            "modalities": dict(modalities),
-        },
-        reasons={
-            "spacing_mm": _fixed(config.plan.spacing_mm, "median over the train split, axes R, A, S"),
-            "patch_size": _fixed(config.plan.patch_size, patch_reason),
-            "batch_size": _fixed(config.plan.batch_size, f"2 to 4 patches, at most {_MAX_PATCH_VOXELS} voxels"),
-            "normalise": "cohort percentiles of the foreground: CT has a physical unit"
-            if is_ct
-            else "per image: MR intensities have no unit",
-        },
-    )
-
-
-def _canonical_grids(cohort: Cohort, cases: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
-    """Spacing and shape of each case after canonical orientation, from the headers alone."""
-    import nibabel as nib
-
-    spacings, shapes = [], []
-    for case in cases:
-        image = nib.load(cohort.image_paths(case)[0])
-        axes, _ = closest_axes(image.affine)
-        spacings.append(np.asarray(spacing_of(image.affine))[axes])
-        shapes.append(np.asarray(image.shape)[axes])
-    return np.array(spacings), np.array(shapes)
-
-
-def _choose_patch(extent: np.ndarray, model: NetworkConfig) -> tuple[tuple[int, ...], str]:
-    """The whole field of view of most cases where that fits, else a box of its proportions; sizes the network takes."""
-    steps = np.array([math.lcm(_DIVISOR, divisor) for divisor in model.divisors(extent.shape[1])])
-    most = [
-        int(-(-math.ceil(n) // step) * step) for n, step in zip(np.percentile(extent, 75, axis=0), steps, strict=True)
-    ]
-    multiples = " × ".join(str(step) for step in steps) if len(set(steps)) > 1 else str(steps[0])
-    if math.prod(most) <= _MAX_PATCH_VOXELS:
-        reason = f"three cases in four as a whole (75th percentile), rounded up to multiples of {multiples}"
-        return model.legal_size(most), reason
-    median = np.minimum(np.median(extent, axis=0), 512)
-    side = median.copy()
-    while np.prod(np.maximum(side, steps)) > _MAX_PATCH_VOXELS and (side > steps).any():
-        side[np.argmax(side)] *= 0.95
-    patch = [max(int(step), int(n) // int(step) * int(step)) for n, step in zip(side, steps, strict=True)]
-    return model.legal_size(patch), f"longest axes of the median shape cut until at most {_MAX_PATCH_VOXELS} voxels"
-
-
-def _ct_intensities(cohort: Cohort, cases: Sequence[Case]) -> tuple[float, float, float, float]:
-    """0.5 and 99.5 percentile, mean and SD of labelled voxels in HU, equally many from each case."""
-
-    def sample(case: Case) -> np.ndarray:
-        label_path = cohort.label_path(case)
-        image = to_canonical(read_image(cohort.image_paths(case)[0])).array
-        if label_path is not None:
-            image = image[np.asarray(to_canonical(read_image(label_path)).array, dtype=np.int64) > 0]
-        values = np.asarray(image, dtype=np.float32).ravel()
-        return values[:: max(1, len(values) // _CT_SAMPLES)]
-
-    with ThreadPoolExecutor(2) as pool:
-        values = np.concatenate(list(tracked(pool.map(sample, cases), "Measuring intensities", len(cases))))
-    low, high = np.percentile(values, [0.5, 99.5])
-    kept = np.clip(values, low, high)
-    return float(low), float(high), float(kept.mean()), float(kept.std())
 
 
 def _time_estimate(config: Config, cohort: Cohort, plan: Plan) -> dict[str, object]:
@@ -170,13 +189,3 @@ def _time_estimate(config: Config, cohort: Cohort, plan: Plan) -> dict[str, obje
     if plan.step_seconds is None:
         return {}
     return {"train_minutes": round(config.train.epochs * steps * plan.step_seconds / 60, 1)}
-
-
-def _fixed(value: object, reason: str) -> str:
-    return "set in the config" if value is not None else reason
-
-
-def _published(config: Config) -> str:
-    if not config.model.classifies:
-        return f"{config.model.published_px} px"
-    return f"{config.model.published_px} px, the size at which {config.model.variant} was published"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,12 @@ from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.runs import RunFolder
 from medseg.tracking import Tracker
-from medseg.train.device import choose_device, use_bf16
+from medseg.train.device import choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
 from medseg.train.loop import Training, resume_training, start_training, train_loop
+from medseg.train.pooling import completed
 from medseg.train.validate import validate
+
+_MEMORY_TOLERANCE = 0.10
 
 
 def run(
@@ -45,12 +49,10 @@ def run(
         KeyboardInterrupt: stopped by the user; the state is saved.
     """
     check_cohort(config, cohort)
+    config = with_plan(config, plan)
     if problem := config.model.size_problem(plan.patch_size):
         raise UserError(f"plan.patch_size: {problem}.")
-    device = choose_device(config.device)
-    bf16 = use_bf16(config.train.precision, device)
-    torch.manual_seed(config.seed)
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    device, bf16 = prepare_torch(config)
     write_text(folder.path / "config.yaml", dump_config(config))
     write_plan(folder.path / "plan.yaml", plan)
     tracker.log_artifact(folder.path / "config.yaml")
@@ -60,19 +62,11 @@ def run(
     train_examples = load_examples(cohort, cohort.split("train"), plan, cache, what="training cases")
     has_val = any(case.split == "val" for case in cohort.cases)
     val_examples = load_examples(cohort, cohort.split("val"), plan, cache, what="validation cases") if has_val else []
-    source = BatchSource(
-        train_examples,
-        plan.patch_size,
-        plan.batch_size,
-        config.augment,
-        foreground_share=config.train.foreground_share,
-        seed=config.seed,
-    )
-    loss = build_loss(config.loss, _class_counts(config, train_examples)).to(device)
-    net = _network(config)
+    reset_peak_memory(device)
+    net = build_network(config, plan)
     if not resume:
         _set_pretrained(net, config, folder, tracker)
-    training = start_training(net.to(device), config.train)
+    training, source, loss = assemble(config, plan, net, train_examples, device)
     if resume:
         resume_training(training, folder.path / "checkpoints")
     labels = config.task.labels
@@ -86,14 +80,55 @@ def run(
             device=device,
             bf16=bf16,
             validate=(
-                partial(_validate, loss=loss, examples=val_examples, plan=plan, labels=labels, device=device, bf16=bf16)
+                partial(validate, loss=loss, examples=val_examples, plan=plan, labels=labels, device=device, bf16=bf16)
                 if val_examples
                 else None
             ),
             on_epoch=partial(_log_epoch, training, folder.path / "history.csv", tracker),
             stop=stop,
         )
-    return _finish(config, cohort, plan, folder, training)
+    memory = _hold_contract(plan, device, tracker, training.step)
+    return _finish(config, cohort, plan, folder, training, memory)
+
+
+def with_plan(config: Config, plan: Plan) -> Config:
+    """The config with those fields of `model` that the plan chose, where the config left them null."""
+    return config.model_copy(update={"model": completed(config.model, plan.network)}) if plan.network else config
+
+
+def prepare_torch(config: Config) -> tuple[torch.device, bool]:
+    """Seed torch and set its determinism; the device, and whether to autocast to bfloat16."""
+    device = choose_device(config.device)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    return device, use_bf16(config.train.precision, device)
+
+
+def build_network(config: Config, plan: Plan) -> torch.nn.Module:
+    """The network, in the plan's memory mode, which changes neither weights nor results: it is no part of a bundle."""
+    mode = {"memory": plan.memory_mode} if plan.memory_mode else {}
+    return build_from_config(
+        config.model.model_copy(update=mode),
+        spatial_dims=config.task.spatial_dims,
+        in_channels=len(config.task.channels),
+        out_channels=config.task.out_channels,
+    )
+
+
+def assemble(
+    config: Config, plan: Plan, net: torch.nn.Module, examples: Sequence[Example], device: torch.device
+) -> tuple[Training, BatchSource, torch.nn.Module]:
+    """State, batches and loss of a training; the probe that measures a plan makes its own from here too."""
+    source = BatchSource(
+        examples,
+        plan.patch_size,
+        plan.batch_size,
+        config.augment,
+        foreground_share=config.train.foreground_share,
+        seed=config.seed,
+    )
+    loss = build_loss(config.loss, _class_counts(config, examples)).to(device)
+    return start_training(net.to(device), config.train), source, loss
 
 
 def check_cohort(config: Config, cohort: Cohort) -> None:
@@ -144,15 +179,6 @@ def _check_classes(folder: Path, split: str, cases: Sequence[Case], labels: dict
             )
 
 
-def _network(config: Config) -> torch.nn.Module:
-    return build_from_config(
-        config.model,
-        spatial_dims=config.task.spatial_dims,
-        in_channels=len(config.task.channels),
-        out_channels=config.task.out_channels,
-    )
-
-
 def _set_pretrained(net: torch.nn.Module, config: Config, folder: RunFolder, tracker: Tracker) -> None:
     """Start from the weights that the config names, and record in `pretrained.json` what they were."""
     pretrained = load_pretrained(net, config.model)
@@ -173,8 +199,24 @@ def _class_counts(config: Config, examples: Sequence[Example]) -> list[int]:
     return [sum(example.target == value for example in examples) for value in range(config.task.out_channels)]
 
 
-def _validate(net: torch.nn.Module, **arguments: Any) -> dict[str, float]:
-    return validate(net, **arguments)
+def _hold_contract(plan: Plan, device: torch.device, tracker: Tracker, step: int) -> dict[str, float]:
+    """Compare the real peak with the plan's; says so, and tags the run, where they differ by more than a tenth."""
+    promised = plan.predicted_memory_gb or plan.memory_gb
+    if promised is None or plan.memory_law.get("device") != device_name(device):
+        return {}
+    real = peak_memory_gb(device)
+    error = promised / real - 1
+    figures = {"predicted_memory_gb": promised, "real_peak_memory_gb": real, "memory_error": error}
+    tracker.log_metrics(figures, step=step)
+    kept = abs(error) <= _MEMORY_TOLERANCE
+    tracker.set_tag("medseg.memory_contract", "kept" if kept else f"missed: {promised:.2f} GB planned, {real:.2f} real")
+    if not kept:
+        print(
+            f"Warning: the plan foretold a peak of {promised:.2f} GB, training took {real:.2f} GB; "
+            "run `medseg plan` on this machine again.",
+            file=sys.stderr,
+        )
+    return figures
 
 
 def _log_epoch(training: Training, history: Path, tracker: Tracker, figures: dict[str, float]) -> None:
@@ -185,7 +227,9 @@ def _log_epoch(training: Training, history: Path, tracker: Tracker, figures: dic
     tracker.log_metrics({name: value for name, value in figures.items() if name != "step"}, step=int(figures["step"]))
 
 
-def _finish(config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, training: Training) -> Result:
+def _finish(
+    config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, training: Training, memory: dict[str, float]
+) -> Result:
     if training.best_state is not None:
         training.average.load_state_dict(training.best_state)
     last = training.history[-1]
@@ -206,6 +250,7 @@ def _finish(config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, train
         "data_wait_share": sum(r["data_wait_share"] * r["seconds"] for r in training.history)
         / max(sum(r["seconds"] for r in training.history), 1e-9),
         "peak_memory_gb": max(row["peak_memory_gb"] for row in training.history),
+        **memory,
     }
     paths = {"bundle": bundle, "history": folder.path / "history.csv", "run": folder.path}
     return Result("train", "done", paths, figures, folder.id).write(folder.path)

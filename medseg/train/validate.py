@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medseg.data.cache import Example
+from medseg.data.cache import Example, release
 from medseg.metrics import roc_auc
 from medseg.models.sliding import window_logits
 from medseg.plan import Plan
@@ -48,6 +48,7 @@ def _segmentation(
     for example in examples:
         image = torch.from_numpy(np.array(example.image))[None].to(device)
         label = torch.from_numpy(np.array(example.label).astype(np.int64))[None, None].to(device)
+        release(example.image)
         logits = window_logits(net, image, plan.patch_size, overlap=0.25)
         losses.append(float(loss(logits, label)))
         pred = logits.argmax(1, keepdim=True)
