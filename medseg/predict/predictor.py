@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from medseg.bundle import Bundle, read_weights
+from medseg.bundle import WEIGHTS, Bundle, read_weights
 from medseg.cohort import Finding
 from medseg.data.preprocess import Prepared, prepare
 from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
 from medseg.models import build_from_config
+from medseg.models.ensemble import Ensemble
 from medseg.predict.flags import check_mask, check_scan
 from medseg.predict.jobs import read_checked
 from medseg.predict.windows import segment_array
@@ -118,11 +119,17 @@ class Predictor:
 
 
 def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Module:
-    """The bundle's network with its weights, in evaluation mode.
+    """The bundle's network with its weights, in evaluation mode; of joined folds, an `Ensemble` of theirs.
 
     Raises:
         UserError: the weights are damaged or belong to another network.
     """
+    members = [_network(bundle, str(member["weights"])) for member in bundle.members]
+    net = Ensemble(members) if members else _network(bundle, WEIGHTS)
+    return net.to(device or choose_device(bundle)).eval()
+
+
+def _network(bundle: Bundle, weights: str) -> nn.Module:
     task = bundle.config.task
     net = build_from_config(
         bundle.config.model,
@@ -131,13 +138,13 @@ def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Modul
         out_channels=task.out_channels,
     )
     try:
-        net.load_state_dict(read_weights(bundle))
+        net.load_state_dict(read_weights(bundle, weights))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{bundle.folder}: the weights do not fit model {bundle.config.model.name!r} ({reason})."
         ) from error
-    return net.to(device or choose_device(bundle)).eval()
+    return net
 
 
 def choose_device(bundle: Bundle) -> torch.device:

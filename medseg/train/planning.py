@@ -45,8 +45,13 @@ def run(config: Config, cohort: Cohort, out: Path, *, measure: bool = True) -> R
 
 
 def make_plan(config: Config, cohort: Cohort) -> Plan:
-    """Fingerprint of the train split, then the plan; what the config fixes is taken as it is."""
+    """Fingerprint of the train split, then the plan; what the config fixes is taken as it is.
+
+    Folds share one plan, measured on all that is not of the test split: only so can their networks see one image.
+    """
     cases = cohort.split("train")
+    if config.train.fold is not None:
+        cases = tuple(case for case in cohort.cases if case.split in ("train", "val"))
     flat = config.task.spatial_dims == 2
     plan = _plan_radiographs(config, cases) if flat else _plan_volumes(config, cohort, cases)
     return replace(plan, fingerprint={"key": plan_key(config, cohort), **plan.fingerprint})
@@ -55,6 +60,7 @@ def make_plan(config: Config, cohort: Cohort) -> Plan:
 def plan_key(config: Config, cohort: Cohort) -> str:
     """Names what a plan was made for; a plan with another key is stale."""
     parts = [cohort.sha256, config.task, config.plan, config.model]
+    parts += ["folds"] if config.train.fold is not None else []
     return hashlib.sha256(dump_json([str(part) for part in parts]).encode()).hexdigest()[:16]
 
 
