@@ -13,11 +13,12 @@ from typing import Any
 from medseg.bundle import Bundle, load_bundle, read_weights, save_bundle
 from medseg.cohort import Cohort, take_fold
 from medseg.config import Config, dump_config
-from medseg.evaluate import cross_validation
+from medseg.evaluate import cross_validation, earned, trust
 from medseg.evaluate import step as evaluate_step
 from medseg.evaluate.outcomes import Outcome, read_outcomes
 from medseg.files import UserError, write_text
 from medseg.plan import write_plan
+from medseg.predict import postprocess
 from medseg.predict import step as predict_step
 from medseg.result import Result
 from medseg.runs import RunFolder, create_run, find_run
@@ -110,6 +111,7 @@ def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run
             run_id=folder.id,
             cohort_sha256=facts["cohort_sha256"],
             metrics={name: value for name, value in figures.items() if isinstance(value, float)},
+            calibration=_calibration(folds),
             members=[_member(fold) for fold in folds],
             evidence=evidence,
             attached=tables,
@@ -128,6 +130,16 @@ def collect_evidence(folds: Sequence[Fold]) -> tuple[dict[str, Any], dict[str, s
     outcomes = {fold.number: fold.outcomes for fold in folds}
     evidence: dict[str, Any] = {"folds": config.train.folds, "joined": [fold.number for fold in folds]}
     evidence["cross_validation"] = cross_validation.total(outcomes, config.task.labels, config.task.kind)
+    if config.task.kind == "segmentation":
+        pairs = [
+            earned.Pair(outcome.case.patient_id, outcome.pred, Path(outcome.case.label))
+            for fold in folds
+            for outcome in fold.outcomes
+            if outcome.measured and outcome.pred is not None
+        ]
+        evidence["postprocessing"] = earned.choose(pairs, config.task.labels, postprocess.apply)
+        evidence["expected_dice"] = trust.calibrate(outcomes, config.task.labels)
+        evidence["volumes_ml"] = trust.volume_ranges(pairs, config.task.labels)
     return evidence, {"out_of_fold.csv": cross_validation.table(outcomes)}
 
 
@@ -174,10 +186,24 @@ def _member(fold: Fold) -> dict[str, Any]:
     return {"run_id": bundle.run_id, "fold": fold.number, "sha256": bundle.sha256, "temperature": bundle.temperature}
 
 
+def _calibration(folds: Sequence[Fold]) -> dict[str, float] | None:
+    """Means over the folds; each network's own temperature stands with the member."""
+    known = [fold.bundle.facts["calibration"] for fold in folds if fold.bundle.facts["calibration"]]
+    if not known or len(known) < len(folds):
+        return None
+    names = [name for name in known[0] if all(name in found for found in known)]
+    return {name: float(sum(found[name] for found in known)) / len(known) for name in names}
+
+
 def _headline(evidence: Mapping[str, Any], folds: Sequence[Fold]) -> dict[str, object]:
     missing = sorted(set(range(evidence["folds"])) - {fold.number for fold in folds})
     figures: dict[str, object] = {"folds": len(folds), **({"missing_folds": missing} if missing else {})}
-    return {**figures, **cross_validation.headline(evidence["cross_validation"])}
+    figures |= cross_validation.headline(evidence["cross_validation"])
+    for label, found in (evidence.get("expected_dice") or {}).items():
+        held_out = found["held_out"]
+        figures |= {f"expected_dice_{name}_{label}": held_out[name] for name in ("spearman", "absolute_error")}
+    used = [f"{c['label']}: {c['operation']}" for c in evidence.get("postprocessing") or () if c["used"]]
+    return figures | ({"postprocessing": used} if used else {})
 
 
 def _copy(bundle_dir: Path, out: Path) -> Path:

@@ -20,6 +20,7 @@ from medseg.ledger import USABLE, Ledger, Row
 from medseg.predict.jobs import Job, cohort_jobs, read_ahead, reject_id, source_jobs
 from medseg.predict.outputs import CaseFolder
 from medseg.predict.predictor import Predictor
+from medseg.predict.trust import write_queue
 from medseg.progress import progress
 from medseg.result import Result
 from medseg.tracking.failure import scrub
@@ -44,7 +45,7 @@ def run(
     workspace: Path | None = None,
     predictor: Predictor | None = None,
 ) -> Result:
-    """Predict every scan into `out/<case_id>/`; write `ledger.csv`, `summary.json` and `predict.json`.
+    """Predict every scan into `out/<case_id>/`; write `ledger.csv`, `review_queue.csv`, `summary.json`, `predict.json`.
 
     One bad case never stops the batch: its row of the ledger says why it was rejected (the scan cannot be used) or
     failed (an error). Inputs that never became a case are also listed in `rejects.csv`, with their file names.
@@ -76,6 +77,7 @@ def run(
             resumed = _predict_all(jobs, predictor, ledger, out)
         finally:
             ledger.write()
+            write_queue(out / "review_queue.csv", ledger.rows)
     return _summarise(ledger, bundle, out, resumed, time.monotonic() - start)
 
 
@@ -144,7 +146,7 @@ def _summarise(ledger: Ledger, bundle: Bundle, out: Path, resumed: int, seconds:
     status = "done" if sum(counts[name] for name in USABLE) == len(ledger.rows) else "partial"
     model = {**bundle.identity(), "simulated": bundle.config.ingest.simulated}
     summary = write_json(out / "summary.json", {"status": status, **figures, "bundle": model})
-    paths = {"out": out, "ledger": ledger.path, "summary": summary}
+    paths = {"out": out, "ledger": ledger.path, "review_queue": out / "review_queue.csv", "summary": summary}
     if counts["rejected"]:
         paths["rejects"] = out / "rejects.csv"
     return Result("predict", "done" if status == "done" else "partial", paths, figures).write(out)

@@ -26,6 +26,7 @@ from medseg.runs import RunFolder
 from medseg.tracking import Tracker
 from medseg.train.device import choose_device, use_bf16
 from medseg.train.loop import Training, resume_training, start_training, train_loop
+from medseg.train.temperature import calibrate_voxels
 from medseg.train.validate import validate
 
 
@@ -93,7 +94,13 @@ def run(
             on_epoch=partial(_log_epoch, training, folder.path / "history.csv", tracker),
             stop=stop,
         )
-    return _finish(config, cohort, plan, folder, training)
+    calibration = None
+    if training.best_state is not None:
+        training.average.load_state_dict(training.best_state)
+    if config.train.fold is not None and config.task.kind == "segmentation":
+        calibration = calibrate_voxels(training.average, val_examples, plan, device, seed=config.seed)
+        tracker.log_metrics({f"oof_{name}": value for name, value in calibration.items()}, step=0)
+    return _finish(config, cohort, plan, folder, training, calibration)
 
 
 def check_cohort(config: Config, cohort: Cohort) -> None:
@@ -185,9 +192,14 @@ def _log_epoch(training: Training, history: Path, tracker: Tracker, figures: dic
     tracker.log_metrics({name: value for name, value in figures.items() if name != "step"}, step=int(figures["step"]))
 
 
-def _finish(config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, training: Training) -> Result:
-    if training.best_state is not None:
-        training.average.load_state_dict(training.best_state)
+def _finish(
+    config: Config,
+    cohort: Cohort,
+    plan: Plan,
+    folder: RunFolder,
+    training: Training,
+    calibration: dict[str, float] | None,
+) -> Result:
     last = training.history[-1]
     metrics = {name: value for name, value in last.items() if name.startswith(("val_", "train_"))}
     bundle = save_bundle(
@@ -198,6 +210,7 @@ def _finish(config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, train
         run_id=folder.id,
         cohort_sha256=cohort.sha256,
         metrics=metrics,
+        calibration=calibration,
     )
     figures = {
         **metrics,
