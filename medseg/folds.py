@@ -4,6 +4,7 @@ What the joined model knows of itself comes from out-of-fold predictions alone: 
 network predicts it that has not seen it. The test split stays out of everything here.
 """
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ class Fold:
 
 def as_trained(config: Config, cohort: Cohort) -> Cohort:
     """The cohort with the splits that a training with this config sees; raises UserError when it cannot be dealt."""
-    if config.train.fold is None:
-        return cohort
     train = config.train
+    if train.fold is None:
+        return cohort
     return take_fold(cohort, train.fold, train.folds, seed=config.ingest.split.seed, by=train.folds_by)
 
 
@@ -94,7 +95,8 @@ def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run
     first = folds[0].bundle
     config = first.config.model_copy(update={"train": first.config.train.model_copy(update={"fold": None})})
     evidence, tables = collect_evidence(folds)
-    facts = {"step": "join", "seed": config.seed, "cohort_sha256": str(first.facts["cohort_sha256"])}
+    cohort_sha256 = str(first.facts["cohort_sha256"])
+    facts = {"step": "join", "seed": config.seed, "cohort_sha256": cohort_sha256}
     again = bool(run_id) and (workspace / "runs" / str(run_id) / "run.json").is_file()
     name = f"{config.name}-joined"
     folder = find_run(workspace, str(run_id)) if again else create_run(workspace, name, run_id, **facts)
@@ -109,7 +111,7 @@ def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run
             config=config,
             plan=first.plan,
             run_id=folder.id,
-            cohort_sha256=facts["cohort_sha256"],
+            cohort_sha256=cohort_sha256,
             metrics={name: value for name, value in figures.items() if isinstance(value, float)},
             calibration=_calibration(folds),
             members=[_member(fold) for fold in folds],
@@ -120,8 +122,8 @@ def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run
         tracker.log_metrics({name: float(v) for name, v in figures.items() if isinstance(v, int | float)}, step=0)
         tracker.log_bundle(bundle_dir, config.tracking.register_as)
     paths = {"bundle": bundle_dir if out is None else _copy(bundle_dir, out), "run": folder.path}
-    result = Result("models", "done", paths, figures, folder.id, rows=cross_validation.rows(evidence))
-    return result.write(folder.path)
+    told, rows = _told(figures, config.train.folds), cross_validation.rows(evidence)
+    return Result("models", "done", paths, figures, folder.id, rows=rows, text=told).write(folder.path)
 
 
 def collect_evidence(folds: Sequence[Fold]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -201,9 +203,19 @@ def _headline(evidence: Mapping[str, Any], folds: Sequence[Fold]) -> dict[str, o
     figures |= cross_validation.headline(evidence["cross_validation"])
     for label, found in (evidence.get("expected_dice") or {}).items():
         held_out = found["held_out"]
-        figures |= {f"expected_dice_{name}_{label}": held_out[name] for name in ("spearman", "absolute_error")}
+        flat = {f"expected_dice_{name}_{label}": held_out[name] for name in ("spearman", "absolute_error")}
+        figures |= {name: value for name, value in flat.items() if math.isfinite(value)}
     used = [f"{c['label']}: {c['operation']}" for c in evidence.get("postprocessing") or () if c["used"]]
     return figures | ({"postprocessing": used} if used else {})
+
+
+def _told(figures: Mapping[str, object], folds: int) -> str:
+    """What a person has to know of the joined model, in two sentences."""
+    missing, used = figures.get("missing_folds"), figures.get("postprocessing")
+    text = f"{figures['folds']} of {folds} folds joined"
+    text += f"; missing: {', '.join(map(str, missing))}." if isinstance(missing, list) else "."
+    chosen = ", ".join(map(str, used)) if isinstance(used, list) else "none is applied"
+    return f"{text} Post-processing that out-of-fold predictions speak for: {chosen}.".replace("_", " ")
 
 
 def _copy(bundle_dir: Path, out: Path) -> Path:

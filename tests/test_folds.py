@@ -13,11 +13,15 @@ from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_
 from medseg import folds, road
 from medseg.bundle import load_bundle
 from medseg.cohort import Case, Cohort, assign_folds, read_cohort, take_fold
-from medseg.files import UserError, read_rows
+from medseg.files import UserError, read_json, read_rows
+from medseg.ledger import read_ledger
 from medseg.models.ensemble import Ensemble
-from medseg.predict import load_network
+from medseg.predict import Predictor, load_network
+from medseg.predict import step as predict_step
+from medseg.report import step as report_step
 from medseg.result import Result
 from medseg.runs import find_run, read_run
+from medseg.volume import Volume
 
 SETS = ("train.folds=2", "train.epochs=8", "train.learning_rate=0.02", "train.ema_decay=0.9", "explain.max_cases=1")
 
@@ -89,7 +93,7 @@ def test_a_fold_outside_the_folds_is_refused_with_its_field() -> None:
 def joined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str], Result]:
     """Workspace, cohort folder, the runs of two folds, and what joining them gave."""
     folder = tmp_path_factory.mktemp("folds")
-    cohort = segmentation_cohort(folder / "cohort")
+    cohort = segmentation_cohort(folder / "cohort", 15)
     runs = []
     for fold in (1, 0):
         config = tiny_config(*SETS, f"train.fold={fold}", "tracking.register_as=tiny")
@@ -184,6 +188,45 @@ def test_a_joined_model_is_evaluated_on_the_test_split_only_and_explains(
     assert len(list(test.glob("predictions/*/explanation/explanation.json"))) == 1
     with pytest.raises(UserError, match="--split val: the joined networks have seen it"):
         road.evaluate(result.run_id, cohort_dir, workspace, split="val")
+
+
+def test_predictions_of_the_joined_model_say_how_far_to_trust_them(
+    joined: tuple[Path, Path, list[str], Result], tmp_path: Path
+) -> None:
+    workspace, cohort_dir, _, result = joined
+    cohort, bundle = read_cohort(cohort_dir), load_bundle(result.run_id, workspace)
+    for label in ("anterior", "posterior"):
+        known = bundle.evidence["expected_dice"][label]
+        assert known["n"] == bundle.evidence["volumes_ml"][label]["n"] == 11
+        assert known["held_out"]["n"] == 11
+    assert all(member["temperature"] != 1 for member in bundle.members)
+    assert bundle.facts["calibration"]["ece_after"] <= bundle.facts["calibration"]["ece_before"] + 0.02
+    predict_step.run(bundle, cohort, tmp_path / "out", split="test")
+    rows = read_ledger(tmp_path / "out" / "ledger.csv")
+    for row in rows:
+        said = read_json(tmp_path / "out" / row.case_id / "result.json")["confidence"]
+        for figures in said.values():
+            low, high = figures["interval"]
+            assert 0 <= low <= figures["expected_dice"] <= high <= 1
+            assert 0 < figures["agreement"] <= 1
+        assert row.expected_dice == min(figures["expected_dice"] for figures in said.values())
+    queue = read_rows(tmp_path / "out" / "review_queue.csv")
+    assert {row["case_id"] for row in queue} == {row.case_id for row in rows}
+    page = report_step.run(bundle.config.report, tmp_path / "out").paths["report"].read_text()
+    assert "To be reviewed, in this order" in page
+
+
+def test_post_processing_that_the_bundle_speaks_for_is_applied_and_no_other(
+    joined: tuple[Path, Path, list[str], Result],
+) -> None:
+    bundle = load_bundle(joined[3].run_id, joined[0])
+    array = np.zeros((12, 12, 12), np.uint8)
+    array[2:6, 2:6, 2:6], array[9, 9, 9], array[8, 2, 2] = 1, 1, 2
+    choice = {"label": "anterior", "operation": "largest_component", "min_ml": None}
+    for used, left in ((True, 64), (False, 65)):
+        facts = {**bundle.facts, "evidence": {**bundle.evidence, "postprocessing": [{**choice, "used": used}]}}
+        cleaned = Predictor(replace(bundle, facts=facts))._cleaned(Volume(array, np.eye(4))).array
+        assert ((cleaned == 1).sum(), (cleaned == 2).sum()) == (left, 1)
 
 
 def test_only_folds_of_one_cross_validation_are_joined(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Labels = NDArray[np.unsignedinteger[Any]]
+Labels = NDArray[Any]  # uint8 or uint16
 Mask = NDArray[np.bool_]
 
 

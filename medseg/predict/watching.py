@@ -1,7 +1,7 @@
 """What the networks say of each structure while they predict it, gathered window by window.
 
-Sums are kept and no map, so that neither the size of the scan nor the number of networks needs memory. Voxels that
-several windows see count as often; the background of a window weighs nothing in any figure.
+Sums are kept and no map, so that neither the size of the scan nor the number of networks needs memory; voxels that
+several windows see count as often. Out of fold and later the figures are made in the same way, which is what counts.
 """
 
 import math
