@@ -245,6 +245,7 @@ def test_only_folds_of_one_cross_validation_are_joined(
     assert alone.figures["missing_folds"] == [0]
 
 
+@pytest.mark.slow
 def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     cohort = radiograph_cohort(tmp_path / "cohort")
     sets = ("train.folds=2", "train.epochs=1")

@@ -246,6 +246,7 @@ def test_nothing_of_a_patient_is_in_prefect(walked: tuple[Path, Result], prefect
     assert all(NAME.encode() not in path.read_bytes() for path in kept)
 
 
+@pytest.mark.slow
 def test_a_cross_validation_trains_each_fold_and_joins_them_under_its_own_name(
     walked: tuple[Path, Result],
 ) -> None:
