@@ -1,16 +1,18 @@
 """Post-processing that has to earn its place: an operation is used for a label only where out-of-fold predictions say
 that it helps and exclude that it harms."""
 
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
-from medseg.evaluate.statistics import Summary, summarise
+from medseg.evaluate.statistics import summarise
 from medseg.files import UserError
 from medseg.images import read_image
 from medseg.metrics import dice
@@ -18,6 +20,9 @@ from medseg.volume import Volume
 
 SMALL_SHARES = (0.01, 0.1)
 """Objects below these shares of a label's median volume are what `remove_small` is tried on."""
+
+Operation = tuple[str, float | None]
+"""Its name, and the volume in ml that `remove_small` takes."""
 
 Apply = Callable[..., NDArray[Any]]
 """`(labels, value, operation, *, voxel_ml, min_ml) -> labels`."""
@@ -38,7 +43,7 @@ class Choice:
 
     Attributes:
         min_ml: what `remove_small` removes; None for the others.
-        n: cases in which the label is, or was predicted. changed: those that the operation changes.
+        n: cases in which the label is, or was predicted. changed: those whose Dice the operation changes.
         dice_before, dice_after: means over these cases; before: with what was chosen earlier for this label.
         ci_low, ci_high: 95 % interval of the mean difference, bootstrapped over patients.
         used: the mean rises and the interval does not reach below 0.
@@ -69,61 +74,76 @@ def choose(pairs: Sequence[Pair], labels: Mapping[str, int], apply: Apply, *, se
         UserError: a map cannot be read, or the two of a case do not share a grid.
     """
     medians = _median_volumes_ml(pairs, labels)
-    decided: list[Choice] = []
-    for label, value in labels.items():
-        tried = _candidates(medians[label])
-        used: list[Choice] = []
-        while True:
-            found = [_try(pairs, label, value, used, operation, apply, seed) for operation in tried]
-            helping = [choice for choice in found if choice.used]
+    tried = {label: _candidates(medians[label]) for label in labels}
+    used: dict[str, list[Choice]] = {label: [] for label in labels}
+    rejected: list[Choice] = []
+    while tried:
+        found = _round(pairs, labels, tried, used, apply, seed)
+        for label, choices in found.items():
+            helping = [choice for choice in choices if choice.used]
             if not helping:
-                decided = [*decided, *found]
-                break
+                rejected += choices
+                del tried[label]
+                continue
             best = max(helping, key=lambda choice: choice.dice_after - choice.dice_before)
-            used.append(best)
-            tried = [operation for operation in tried if operation[0] != best.operation]
-        decided = [*used, *decided]
-    return [asdict(choice) for choice in sorted(decided, key=lambda choice: not choice.used)]
+            used[label].append(best)
+            tried[label] = [operation for operation in tried[label] if operation[0] != best.operation]
+    return [asdict(choice) for choices in used.values() for choice in choices] + [asdict(c) for c in rejected]
 
 
-def _try(
+def _round(
     pairs: Sequence[Pair],
-    label: str,
-    value: int,
-    used: Sequence[Choice],
-    operation: tuple[str, float | None],
+    labels: Mapping[str, int],
+    tried: Mapping[str, Sequence[Operation]],
+    used: Mapping[str, Sequence[Choice]],
     apply: Apply,
     seed: int,
-) -> Choice:
-    name, min_ml = operation
-    before, after, patients, changed = [], [], [], 0
+) -> dict[str, list[Choice]]:
+    """The evidence on every operation still open, each beside what is used already; every case is read once."""
+    scores: dict[tuple[str, Operation], list[tuple[str, float, float]]] = {}
     for pair in pairs:
         pred, ref = _read(pair)
-        given = pred.array
-        for earlier in used:
-            given = apply(given, value, earlier.operation, voxel_ml=_voxel_ml(pred), min_ml=earlier.min_ml or 0.0)
-        then = apply(given, value, name, voxel_ml=_voxel_ml(pred), min_ml=min_ml or 0.0)
-        truth = ref.array == value
-        first = dice(given == value, truth)
-        if first != first:
-            continue
-        same = bool(np.array_equal(given, then))
-        changed += not same
-        before.append(first)
-        after.append(first if same else dice(then == value, truth))
-        patients.append(pair.patient)
-    gain = _difference(after, before, patients, seed)
+        for label, operations in tried.items():
+            for operation, before, after in _scores(pred, ref, labels[label], operations, used[label], apply):
+                scores.setdefault((label, operation), []).append((pair.patient, before, after))
+    return {
+        label: [_choice(label, operation, scores.get((label, operation), []), seed) for operation in operations]
+        for label, operations in tried.items()
+    }
+
+
+def _scores(
+    pred: Volume, ref: Volume, value: int, operations: Sequence[Operation], used: Sequence[Choice], apply: Apply
+) -> Iterator[tuple[Operation, float, float]]:
+    """Dice before and after each operation, in the box that holds the label in both maps; nothing without a label."""
+    box = _box(pred.array == value, ref.array == value)
+    if box is None:
+        return
+    given, truth, voxel_ml = pred.array[box], ref.array[box] == value, _voxel_ml(pred)
+    for earlier in used:
+        given = apply(given, value, earlier.operation, voxel_ml=voxel_ml, min_ml=earlier.min_ml or 0.0)
+    before = dice(given == value, truth)
+    for operation in operations:
+        then = apply(given, value, operation[0], voxel_ml=voxel_ml, min_ml=operation[1] or 0.0)
+        yield operation, before, before if np.array_equal(given, then) else dice(then == value, truth)
+
+
+def _box(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> tuple[slice, ...] | None:
+    found = ndimage.find_objects((pred | ref).view(np.uint8))
+    return tuple(found[0]) if found else None
+
+
+def _choice(label: str, operation: Operation, scores: Sequence[tuple[str, float, float]], seed: int) -> Choice:
+    patients, before, after = ([score[k] for score in scores] for k in range(3))
+    gain = summarise([b - a for a, b in zip(before, after, strict=True)], patients, seed=seed)
+    means = [float(np.mean(found)) if found else math.nan for found in (before, after)]
     helps = bool(gain.mean > 0 and gain.ci_low >= 0)
-    means = [float(np.mean(found)) if found else float("nan") for found in (before, after)]
-    return Choice(label, name, min_ml, gain.n, changed, means[0], means[1], gain.ci_low, gain.ci_high, helps)
+    changed = sum(a != b for a, b in zip(before, after, strict=True))
+    return Choice(label, *operation, gain.n, changed, means[0], means[1], gain.ci_low, gain.ci_high, helps)
 
 
-def _difference(after: Sequence[float], before: Sequence[float], patients: Sequence[str], seed: int) -> Summary:
-    return summarise([b - a for a, b in zip(before, after, strict=True)], patients, seed=seed)
-
-
-def _candidates(median_ml: float | None) -> list[tuple[str, float | None]]:
-    found: list[tuple[str, float | None]] = [("largest_component", None), ("fill_holes", None)]
+def _candidates(median_ml: float | None) -> list[Operation]:
+    found: list[Operation] = [("largest_component", None), ("fill_holes", None)]
     if median_ml:
         found += [("remove_small", float(f"{share * median_ml:.3g}")) for share in SMALL_SHARES]
     return found
