@@ -134,7 +134,8 @@ def _box(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> tuple[slice, ...] |
 
 
 def _choice(label: str, operation: Operation, scores: Sequence[tuple[str, float, float]], seed: int) -> Choice:
-    patients, before, after = ([score[k] for score in scores] for k in range(3))
+    patients = [patient for patient, _, _ in scores]
+    before, after = [score[1] for score in scores], [score[2] for score in scores]
     gain = summarise([b - a for a, b in zip(before, after, strict=True)], patients, seed=seed)
     means = [float(np.mean(found)) if found else math.nan for found in (before, after)]
     helps = bool(gain.mean > 0 and gain.ci_low >= 0)
