@@ -87,6 +87,8 @@ def test_over_all_folds_each_case_is_validated_once(tmp_path: Path) -> None:
 def test_a_fold_outside_the_folds_is_refused_with_its_field() -> None:
     with pytest.raises(UserError, match=r"train.*fold 5 is none of the train\.folds 5"):
         tiny_config("train.fold=5")
+    with pytest.raises(UserError, match="lets a fold choose the network that it measures"):
+        tiny_config("train.fold=1", "train.select=best")
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ class TrainConfig(Strict):
 
     A null `fold` trains on the split of the cohort. Else train and val together are dealt into `folds` parts that
     share no patient (or no site), by `ingest.split.seed`; part number `fold`, from 0 on, validates and the others
-    train. The test split is left alone either way.
+    train, up to the last step (`select`). The test split is left alone either way.
     """
 
     epochs: Count = 100
@@ -85,4 +85,6 @@ class TrainConfig(Strict):
     def _check_fold(self) -> "TrainConfig":
         if self.fold is not None and self.fold >= self.folds:
             raise ValueError(f"fold {self.fold} is none of the train.folds {self.folds}, which count from 0")
+        if self.fold is not None and self.select == "best":
+            raise ValueError("select 'best' lets a fold choose the network that it measures; use 'last'")
         return self
