@@ -27,7 +27,7 @@ from flows.identity import (
     take_name,
     workspace_folder,
 )
-from medseg import road
+from medseg import folds, road
 from medseg.files import UserError
 from medseg.result import Result
 from medseg.runs import find_run
@@ -103,6 +103,36 @@ def train_flow(
         return road.train(resolved, Path(cohort), place, resume=again, run_id=identity, tags=tags)
 
     return leave_artifacts(call_step("train", place, step, gpu=True), place)
+
+
+@flow(name="medseg-cross-validate", flow_run_name=name_new_run, **FLOW_OPTIONS)
+def cross_validate_flow(
+    config: str,
+    cohort: str,
+    overrides: list[str] | None = None,
+    workspace: str | None = None,
+    run_id: str | None = None,
+) -> Result:
+    """Train every fold as a run of its own, one after another, then join them into one model.
+
+    Started again, folds that are finished are taken as they are and an unfinished one goes on. To train folds side by
+    side, start `medseg-train` once for each with `train.fold=0`, `1`, … and join their runs.
+
+    Args:
+        config: path or name of the config; `train.folds` says how many.
+        cohort: folder of the cohort.
+        overrides: `a.b=c`, as `--set` takes them.
+        workspace: by default `MEDSEG_WORKSPACE`.
+        run_id: id for the run of the joined model, from which those of the folds follow; by default a new one.
+    """
+    place, identity, sets = workspace_folder(workspace), current_run_id(), overrides or []
+    runs = []
+    for fold in range(road.load(config, sets).train.folds):
+        runs.append(f"{identity}-fold{fold}")
+        if not folds.is_measured(place, runs[-1]):
+            train_flow(config, cohort, [*sets, f"train.fold={fold}"], str(place), run_id=runs[-1])
+    joined = call_step("join", place, lambda: folds.join(runs, place, run_id=identity), restartable=True)
+    return leave_artifacts(joined, place)
 
 
 @flow(name="medseg-evaluate", flow_run_name=name_by_step, **FLOW_OPTIONS)

@@ -2,6 +2,9 @@
 
 `weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, and `bundle.json` with what the model is and the
 SHA-256 of every other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
+
+Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
+what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
 """
 
 import hashlib
@@ -10,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,15 +33,16 @@ from medseg.files import (
     write_json,
     write_text,
 )
+from medseg.model_card import model_card
 from medseg.plan import Plan, read_plan, write_plan
 from medseg.runs import find_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
-_FILES = (WEIGHTS, "config.yaml", "plan.yaml", "MODEL_CARD.md")
+_FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -81,6 +85,17 @@ class Bundle:
         point = self.facts["operating_point"]
         return (str(point["target"]), float(point["threshold"])) if point else None
 
+    @property
+    def members(self) -> tuple[Mapping[str, Any], ...]:
+        """What is known of each joined fold: `run_id`, `fold`, `weights` (a file's name), `temperature`; else ()."""
+        return tuple(self.facts.get("members") or ())
+
+    @property
+    def evidence(self) -> Mapping[str, Any]:
+        """What the out-of-fold predictions say, for predicting and for people; empty unless folds were joined."""
+        found: Mapping[str, Any] = self.facts.get("evidence") or {}
+        return found
+
     def identity(self) -> dict[str, str]:
         """Name, hash and run, as results quote them."""
         return {"name": self.name, "sha256": self.sha256, "run_id": self.run_id}
@@ -106,7 +121,7 @@ class Bundle:
 def save_bundle(
     folder: Path,
     *,
-    state_dict: Mapping[str, "Tensor"],
+    state_dict: "Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]",
     config: Config,
     plan: Plan,
     run_id: str,
@@ -114,14 +129,19 @@ def save_bundle(
     metrics: Mapping[str, Any],
     calibration: Mapping[str, float] | None = None,
     operating_point: Mapping[str, Any] | None = None,
+    members: Sequence[Mapping[str, Any]] = (),
+    evidence: Mapping[str, Any] | None = None,
+    attached: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
     Args:
-        state_dict: the network's weights; anything on any device.
+        state_dict: the network's weights, or those of each joined fold; anything on any device.
         metrics: what was measured on it, for `bundle.json` and the model card.
         calibration: `{"temperature": …}` for the logits of a classifier.
         operating_point: `{"target": class name, "threshold": probability}`.
+        members: facts of each joined fold, in the order of the weights. evidence: see `Bundle.evidence`.
+        attached: more files, by name, with their text.
 
     Raises:
         UserError: the folder cannot be written.
@@ -140,12 +160,21 @@ def save_bundle(
         "operating_point": operating_point,
         "simulated": config.ingest.simulated,
     }
+    states = {WEIGHTS: state_dict} if isinstance(state_dict, Mapping) else _numbered(state_dict)
+    if members:
+        facts["schema_version"] = JOINED_VERSION
+        facts["members"] = [{**about, "weights": name} for about, name in zip(members, states, strict=True)]
+        facts["evidence"] = evidence or {}
     with _new_folder(folder) as part:
-        _write_weights(part / WEIGHTS, state_dict)
+        for name, state in states.items():
+            _write_weights(part / name, state)
+        for name, text in (attached or {}).items():
+            write_text(part / name, text)
         write_text(part / "config.yaml", dump_config(config))
         write_plan(part / "plan.yaml", plan)
         write_text(part / "MODEL_CARD.md", model_card(facts, config, plan))
-        facts["files"] = {name: sha256_file(part / name) for name in _FILES}
+        names = (*states, *_FILES, *(attached or {}))
+        facts["files"] = {name: sha256_file(part / name) for name in names}
         write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
     return folder
 
@@ -187,12 +216,12 @@ def find_bundle(name: str, workspace: Path) -> Path:
     raise UserError(f"{path} holds no bundle (no bundle.json); finish its training, or name another model.")
 
 
-def read_weights(bundle: Bundle) -> dict[str, "Tensor"]:
-    """The weights, on the CPU. Raises UserError when the file is damaged."""
+def read_weights(bundle: Bundle, name: str = WEIGHTS) -> dict[str, "Tensor"]:
+    """The weights, or those of the joined fold whose file is `name`, on the CPU. Raises UserError when damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = bundle.folder / WEIGHTS
+    path = bundle.folder / name
     try:
         weights: dict[str, Tensor] = load_file(path, device="cpu")
     except (OSError, SafetensorError) as error:
@@ -206,54 +235,6 @@ def package_version() -> str:
         return version("medseg")
     except PackageNotFoundError:
         return "unknown"
-
-
-def model_card(facts: Mapping[str, Any], config: Config, plan: Plan) -> str:
-    """The model card in Markdown, made of facts only."""
-    task, grid = config.task, " × ".join(f"{n:g}" for n in plan.spacing_mm or plan.size_px)
-    if grid:
-        grid += " mm" if plan.spacing_mm else " px"
-    cases = plan.fingerprint.get("cases", "an unknown number of")
-    figures = [
-        f"| {name.replace('_', ' ')} | {value:.4g} |"
-        for name, value in facts["metrics"].items()
-        if isinstance(value, (int, float))
-    ]
-    simulated = "\nThe training cases are simulated; figures on them say nothing about patients.\n"
-    return "\n".join(
-        [
-            f"# {config.name}",
-            "",
-            f"{task.kind.capitalize()} in {task.spatial_dims}D of {', '.join(task.labels)} from the image channels "
-            f"{', '.join(task.channels)}, by the network `{config.model.name}`.",
-            "",
-            "## Intended use",
-            "",
-            "Research only. Not a medical device; a qualified person must review every result.",
-            "",
-            "## Data",
-            "",
-            f"Trained on {cases} cases of the cohort with SHA-256 `{facts['cohort_sha256']}`, on "
-            f"{f'a grid of {grid}' if grid else 'their own grids'} (normalisation: {plan.normalise}).",
-            simulated if config.ingest.simulated else "",
-            "## Figures",
-            "",
-            "Measured during training, on the validation split where named `val`. The test split is measured by "
-            "`medseg evaluate`.",
-            "",
-            *(["| figure | value |", "|---|---|", *figures] if figures else ["None was recorded."]),
-            "",
-            "## Limits",
-            "",
-            "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
-            f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
-            "",
-            "## Origin",
-            "",
-            f"Run `{facts['run_id']}`, seed {config.seed}, medseg {facts['version']}.",
-            "",
-        ]
-    )
 
 
 @contextmanager
@@ -277,6 +258,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _numbered(states: "Sequence[Mapping[str, Tensor]]") -> "dict[str, Mapping[str, Tensor]]":
+    return {f"weights-{number}.safetensors": state for number, state in enumerate(states)}
+
+
 def _write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> None:
     from safetensors.torch import save_file
 
@@ -293,9 +278,10 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 def _verify(folder: Path, facts: Any) -> None:
     where = folder / "bundle.json"
-    if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(facts, dict) or facts.get("schema_version") not in (SCHEMA_VERSION, JOINED_VERSION):
         raise UserError(f"{where} is not of schema version {SCHEMA_VERSION}; train the model with this version.")
-    if facts.get("sha256") != _digest(facts) or set(facts.get("files", ())) != set(_FILES):
+    needed = {*_FILES, *(member["weights"] for member in facts.get("members") or ({"weights": WEIGHTS},))}
+    if facts.get("sha256") != _digest(facts) or not _whole(facts.get("files"), needed):
         raise UserError(f"{where} was changed since the bundle was made; copy the bundle again from its run.")
     for name, digest in facts["files"].items():
         path = folder / name
@@ -303,3 +289,8 @@ def _verify(folder: Path, facts: Any) -> None:
             raise UserError(f"{path} is missing; copy the bundle again from its run.")
         if sha256_file(path) != digest:
             raise UserError(f"{path} differs from its hash in bundle.json; copy the bundle again from its run.")
+
+
+def _whole(files: object, needed: set[str]) -> bool:
+    """Every needed file is listed, and none that lies elsewhere."""
+    return isinstance(files, dict) and needed <= set(files) and all(Path(name).name == name for name in files)

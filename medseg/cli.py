@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models_app = typer.Typer(help="Trained models: list, show, prune, promote, export.", no_args_is_help=True)
+models_app = typer.Typer(help="Trained models: list, show, join, prune, promote, export.", no_args_is_help=True)
 data_app = typer.Typer(help="Public datasets: list, show, fetch.", no_args_is_help=True)
 
 Workspace = Annotated[
@@ -156,6 +156,20 @@ def models_show(model: ModelArg, workspace: Workspace = None, as_json: Json = Fa
 
     then = _command("predict", model, workspace, "SCANS", out="DIR")
     _finish(lambda: shelf.show_model(model, _workspace(workspace)), as_json, then)
+
+
+@models_app.command("join")
+def models_join(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished folds of one cross-validation.")],
+    out: Annotated[Path | None, typer.Option(help="A second place for the bundle.")] = None,
+    workspace: Workspace = None,
+    as_json: Json = False,
+) -> None:
+    """Join the folds of a cross-validation into one model."""
+    from medseg import folds
+
+    then = _command("evaluate", "RUN", workspace, cohort="DIR")
+    _finish(lambda: folds.join(runs, _workspace(workspace), out=out), as_json, then)
 
 
 @models_app.command("prune")

@@ -24,6 +24,7 @@ class Row:
         source_kind: dicom, nifti or png; empty when unknown.
         seconds: reading, network and writing together.
         input_sha256, output_sha256, bundle_sha256: of the scan, of the mask or the probabilities, of the model.
+        expected_dice: of the structure that can be trusted least; None where the model was not calibrated for it.
     """
 
     case_id: str
@@ -34,12 +35,14 @@ class Row:
     input_sha256: str = ""
     output_sha256: str = ""
     bundle_sha256: str = ""
+    expected_dice: float | None = None
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> "Row":
         """The row that follows from a case's `result.json`."""
         return cls(
-            **{name: result[name] for name in _COLUMNS if name not in ("seconds", "bundle_sha256")},
+            **{name: result[name] for name in _COLUMNS if name not in ("seconds", "bundle_sha256", "expected_dice")},
+            expected_dice=result.get("expected_dice"),
             seconds=round(sum(result["seconds"].values()), 3),
             bundle_sha256=result["bundle"]["sha256"],
         )
@@ -93,6 +96,12 @@ def read_ledger(path: Path) -> tuple[Row, ...]:
     """Read `ledger.csv`. Raises UserError when it is missing or no ledger."""
     rows = read_rows(path)
     try:
-        return tuple(Row(**{**row, "seconds": float(row["seconds"])}) for row in rows)  # type: ignore[arg-type]
+        return tuple(_row(row) for row in rows)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no ledger ({error}); run `medseg predict` again.") from error
+
+
+def _row(cells: Mapping[str, str]) -> Row:
+    given = cells.get("expected_dice")  # older tables have no such column
+    numbers = {"seconds": float(cells["seconds"]), "expected_dice": float(given) if given else None}
+    return Row(**{**cells, **numbers})  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from medseg.bundle import Bundle, load_bundle, save_bundle
 from medseg.cohort import Cohort, read_cohort
 from medseg.evaluate import step as evaluate_step
 from medseg.files import UserError, write_rows
+from medseg.folds import as_trained
 from medseg.models.unetpp import UNetPP
 from medseg.predict import Predictor
 from medseg.predict import step as predict_step
@@ -41,7 +42,8 @@ def run(model: str, cohort_dir: Path, workspace: Path, *, max_dice_loss: float =
     Raises:
         UserError: the model is no U-Net++ with deep supervision.
     """
-    bundle, cohort = load_bundle(model, workspace), read_cohort(cohort_dir)
+    bundle = load_bundle(model, workspace)
+    cohort = as_trained(bundle.config, read_cohort(cohort_dir))
     whole = Predictor(bundle)
     if not isinstance(whole.net, UNetPP) or not whole.net.config.deep_supervision:
         raise UserError(

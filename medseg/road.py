@@ -58,9 +58,10 @@ def ingest(
 def plan(config: Config, cohort_dir: Path) -> Result:
     """Plan into `<cohort>/plans/<config name>/plan.yaml`, where `train` finds it, edited or not."""
     from medseg.cohort import read_cohort
+    from medseg.folds import as_trained
     from medseg.train import planning
 
-    cohort = read_cohort(cohort_dir)
+    cohort = as_trained(config, read_cohort(cohort_dir))
     return planning.run(config, cohort, _plan_folder(config, cohort))
 
 
@@ -73,7 +74,7 @@ def train(
     run_id: str | None = None,
     tags: dict[str, str] | None = None,
 ) -> Result:
-    """Train one network as one run; register its bundle.
+    """Train one network as one run; register its bundle. A fold is not registered, but measured on its own part.
 
     Args:
         resume: id of the run to go on with.
@@ -84,10 +85,11 @@ def train(
         UserError: the config to resume with differs from the run's.
     """
     from medseg.cohort import read_cohort
+    from medseg.folds import as_trained, fold_facts, measure_fold
     from medseg.tracking import track
     from medseg.train import step
 
-    cohort = read_cohort(cohort_dir)
+    cohort, part = as_trained(config, read_cohort(cohort_dir)), fold_facts(config)
     if resume:
         folder = find_run(workspace, resume)
         if (folder.path / "plan.yaml").is_file():  # the run's config holds what the plan chose for the network
@@ -95,16 +97,22 @@ def train(
         _same_config(config, folder)
     else:
         step.check_cohort(config, cohort)
-        facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256}
-        folder = create_run(workspace, config.name, run_id, **facts)
+        facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
+        name = f"{config.name}-fold{part['fold']}" if part else config.name
+        folder = create_run(workspace, name, run_id, **facts)
     chosen = _read_plan(config, cohort, folder)
-    with track(folder, config.tracking, tags={"medseg.step": "train", **(tags or {})}, resume=bool(resume)) as tracker:
+    tags = {"medseg.step": "train", **{f"medseg.{name}": str(n) for name, n in part.items()}, **(tags or {})}
+    with track(folder, config.tracking, tags=tags, resume=bool(resume)) as tracker:
         if not resume:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "train")
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
         tracker.log_artifact(result.paths["history"])
-        tracker.log_bundle(result.paths["bundle"], config.tracking.register_as)
+        tracker.log_bundle(result.paths["bundle"], "" if part else config.tracking.register_as)
+        if part:
+            measured = measure_fold(result.paths["bundle"], cohort, folder, tracker)
+            figures = {**result.figures, **part, "oof": measured.figures}
+            result = replace(result, status=measured.status, figures=figures).write(folder.path)
     return result
 
 
@@ -119,12 +127,16 @@ def evaluate(
     """
     from medseg.cohort import read_cohort
     from medseg.evaluate import step
+    from medseg.folds import as_trained
     from medseg.report import step as report_step
     from medseg.tracking import track
 
-    bundle, cohort = _bundle(model, workspace), read_cohort(cohort_dir)
-    cohort.split(split)
+    bundle = _bundle(model, workspace)
     config = bundle.config
+    cohort = as_trained(config, read_cohort(cohort_dir))
+    cohort.split(split)
+    if bundle.members and split != "test":
+        raise UserError(f"--split {split}: the joined networks have seen it; its honest figures are those of the card.")
     folder, known = _run_of(bundle, workspace)
     out = folder.path / "evaluation" / split
     with track(folder, config.tracking, tags={"medseg.evaluated": split}, resume=known) as tracker:
@@ -273,7 +285,7 @@ def _nameless_ledger(ledger: Path, run_folder: Path, workspace: Path, is_cohort:
 
 
 def _plan_folder(config: Config, cohort: "Cohort") -> Path:
-    return cohort.folder / "plans" / config.name
+    return cohort.folder / "plans" / (config.name if config.train.fold is None else f"{config.name}-folds")
 
 
 def _read_plan(config: Config, cohort: "Cohort", folder: RunFolder) -> "Plan":

@@ -25,6 +25,7 @@ VERBS = ("ingest", "plan", "train", "evaluate", "predict", "report", "models", "
 ON_SHELVES = (
     "models list",
     "models show",
+    "models join",
     "models prune",
     "models promote",
     "models export",

@@ -110,6 +110,48 @@ def test_axis_order_flips_and_swapping_the_masks_change_nothing(seed: int, axes:
         assert abs(found.volume_error_ml) == pytest.approx(abs(expected.volume_error_ml))
 
 
+def _brute_force(pred: np.ndarray, ref: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances between the two surfaces by comparing every pair; surfaces by looking at the six neighbours."""
+
+    def surface(mask: np.ndarray) -> np.ndarray:
+        padded = np.pad(mask.astype(bool), 1)
+        inner = tuple(slice(1, -1) for _ in range(mask.ndim))
+        enclosed = np.ones(mask.shape, bool)
+        for axis in range(mask.ndim):
+            for step in (-1, 1):
+                enclosed &= np.roll(padded, step, axis)[inner]
+        return np.argwhere(mask.astype(bool) & ~enclosed) * np.asarray(SPACING)
+
+    apart = np.linalg.norm(surface(pred)[:, None] - surface(ref)[None], axis=2)
+    return apart.min(axis=1), apart.min(axis=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_every_pair_of_surface_voxels_compared(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pred, ref = np.zeros((16, 14, 10), bool), np.zeros((16, 14, 10), bool)
+    for mask in (pred, ref):
+        for _ in range(3):  # boxes that overlap, touch the border or lie apart
+            low = rng.integers(0, (12, 10, 7))
+            mask[tuple(slice(a, a + n) for a, n in zip(low, rng.integers(1, 6, 3), strict=True))] = True
+    to_ref, to_pred = _brute_force(pred, ref)
+    hd95 = max(np.percentile(to_ref, 95), np.percentile(to_pred, 95))
+    assert hd95_mm(pred, ref, SPACING) == pytest.approx(hd95)
+    for tolerance in (0.0, 0.8, 2.0, 5.0):
+        within = (to_ref <= tolerance + 1e-9).sum() + (to_pred <= tolerance + 1e-9).sum()
+        expected = within / (len(to_ref) + len(to_pred))
+        assert surface_dice(pred, ref, SPACING, tolerance) == pytest.approx(expected)
+
+
+def test_cubes_that_lie_apart_are_as_far_as_they_lie() -> None:
+    """Side 4, 10 voxels of 0.8 mm from one to the other along the first axis: the layers lie 7 to 10 voxels off."""
+    pred, ref = _cube((2, 5, 4), side=4), _cube((12, 5, 4), side=4)
+    found = compare_masks(pred, ref, SPACING, tolerance_mm=5.5)
+    assert (found.dice, found.surface_dice, found.volume_error_ml) == (0, 0, 0)
+    assert found.hd95_mm == pytest.approx(10 * 0.8), "of 56 surface voxels 16 are of the farthest layer"
+    assert surface_dice(pred, ref, SPACING, 7 * 0.8) == pytest.approx(16 / 56), "the facing layers"
+
+
 def test_radiographs_have_two_axes() -> None:
     pred, ref = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     pred[4:10, 4:10], ref[4:10, 7:13] = True, True

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medseg.config.fields import Count, NotNegative, Positive, Share, Strict
 
@@ -60,7 +60,12 @@ class AugmentConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """The loop. The learning rate follows from the global step alone, so a resumed run keeps its curve."""
+    """The loop. The learning rate follows from the global step alone, so a resumed run keeps its curve.
+
+    A null `fold` trains on the split of the cohort. Else train and val together are dealt into `folds` parts that
+    share no patient (or no site), by `ingest.split.seed`; part number `fold`, from 0 on, validates and the others
+    train, up to the last step (`select`). The test split is left alone either way.
+    """
 
     epochs: Count = 100
     steps_per_epoch: Count | None = None
@@ -77,3 +82,14 @@ class TrainConfig(Strict):
     select: Literal["last", "best"] = "last"
     checkpoint_minutes: Positive = 10.0
     deterministic: bool = False
+    folds: Annotated[int, Field(ge=2, le=20)] = 5
+    fold: Annotated[int, Field(ge=0)] | None = None
+    folds_by: Literal["patient", "site"] = "patient"
+
+    @model_validator(mode="after")
+    def _check_fold(self) -> "TrainConfig":
+        if self.fold is not None and self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} is none of the train.folds {self.folds}, which count from 0")
+        if self.fold is not None and self.select == "best":
+            raise ValueError("select 'best' lets a fold choose the network that it measures; use 'last'")
+        return self

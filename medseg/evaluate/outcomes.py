@@ -79,6 +79,34 @@ def write_outcomes(cohort: Cohort, outcomes: Sequence[Outcome], predictions: Pat
     }
 
 
+def read_outcomes(evaluated: Path) -> list[Outcome]:
+    """The outcomes that `write_outcomes` left in a folder with `cases.json` and `predictions/`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        return [_outcome(entry, evaluated / "predictions") for entry in read_json(evaluated / "cases.json")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{evaluated / 'cases.json'} is no table of cases ({error}); evaluate again.") from error
+
+
+def _outcome(entry: Mapping[str, Any], predictions: Path) -> Outcome:
+    file = predictions / entry["case_id"] / "result.json"
+    patient = str(read_json(file)["patient_id"]) if file.is_file() else ""
+    figures = {name: math.nan if value is None else float(value) for name, value in entry["metrics"].items()}
+    return Outcome(
+        Case(entry["case_id"], patient or entry["case_id"], (), site=entry["site"], label=entry["label"] or ""),
+        reason=entry["reason"],
+        score=float(entry["score"] or 0.0),
+        figures=figures,
+        target=entry["target"] or "",
+        predicted=entry["predicted"] or "",
+        probs=entry["probs"],
+        pred=Path(entry["pred"]) if entry["pred"] else None,
+    )
+
+
 def _row(outcome: Outcome, names: Mapping[str, None]) -> dict[str, object]:
     row: dict[str, object] = {
         "case_id": outcome.case.case_id,

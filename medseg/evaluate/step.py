@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medseg.cohort import Cohort
-from medseg.evaluate import classification, localisation, segmentation
+from medseg.evaluate import classification, localisation, segmentation, trust
 from medseg.evaluate.outcomes import Outcome, write_outcomes
 from medseg.files import UserError, write_json
 from medseg.result import Result
@@ -62,6 +62,7 @@ def run(
         outcomes = [_located(outcome, predictions, lesions) for outcome in outcomes]
     if kind == "segmentation":
         figures = {"surface_dice_tolerance_mm": tolerance_mm, **segmentation.total(outcomes, labels, seed=_SEED)}
+        figures["expected_dice"] = trust.measure(outcomes, labels)
     else:
         figures = classification.total(outcomes, labels, point=point, seed=_SEED)
     if lesions is not None:
@@ -112,6 +113,8 @@ def _headline(figures: Mapping[str, Any]) -> dict[str, object]:
         flat = {"mean_dice": figures["mean_dice"]}
         for label, found in figures["classes"].items():
             flat |= {f"{figure}_{label}": found[figure]["mean"] for figure in segmentation.FIGURES}
+        for label, found in figures["expected_dice"].items():
+            flat |= {f"expected_dice_{name}_{label}": found[name] for name in ("spearman", "absolute_error")}
     if "localisation" in figures:
         flat["map_energy_in_lesion"] = figures["localisation"]["energy_in_mask"]["mean"]
     return {name: round(value, 5) for name, value in flat.items() if math.isfinite(value)}

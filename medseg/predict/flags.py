@@ -1,6 +1,8 @@
 """Reasons to look at a result before using it, each with its number and its threshold."""
 
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from medseg.volume import Volume, closest_axes
 MAX_SPACING_RATIO = 3.0
 MAX_BORDER_SHARE = 0.01
 MAX_FILLED_SHARE = 0.95
+MAX_ROBUST_Z = 3.5
+"""Modified z-score from which on a value counts as an outlier (Iglewicz and Hoaglin 1993)."""
 
 
 def check_scan(scan: Scan, plan: Plan) -> Iterator[Finding]:
@@ -50,3 +54,24 @@ def check_mask(mask: Volume, labels: Mapping[str, int]) -> Iterator[Finding]:
         if share > MAX_BORDER_SHARE:
             message = f"{share:.1%} of {name!r} lie on the border of the field of view; it may be cut off."
             yield Finding("touches_border", "warning", message, round(float(share), 4), MAX_BORDER_SHARE)
+
+
+def check_volumes(volumes_ml: Mapping[str, float], evidence: Mapping[str, Any]) -> Iterator[Finding]:
+    """A structure larger or smaller than all those of the training cohort, and far from most of them.
+
+    Args:
+        evidence: `volumes_ml` in it gives `median`, `low`, `high` in ml and `mad_log`, the median absolute deviation of
+            the logarithm, per label; without it nothing is said.
+    """
+    known: Mapping[str, Any] = evidence.get("volumes_ml") or {}
+    for name, found_ml in volumes_ml.items():
+        about = known.get(name)
+        if not about or not found_ml or about["low"] <= found_ml <= about["high"]:
+            continue
+        score = 0.6745 * abs(math.log(found_ml / about["median"])) / max(about["mad_log"], 1e-3)
+        if score > MAX_ROBUST_Z:
+            message = (
+                f"{name!r} has {found_ml:.3g} ml; in the {about['n']} training cases it had "
+                f"{about['low']:.3g} to {about['high']:.3g} ml."
+            )
+            yield Finding("implausible_volume", "warning", message, round(score, 2), MAX_ROBUST_Z)

@@ -77,6 +77,8 @@ class CaseFolder:
             volumes_ml=prediction.volumes_ml,
             probs=prediction.probs,
             predicted=prediction.predicted or None,
+            confidence=prediction.confidence,
+            expected_dice=_lowest(prediction),
             flags=flags,
             output_sha256=digest,
             outputs=[path.name for path in outputs],
@@ -141,6 +143,8 @@ class CaseFolder:
             "volumes_ml": {},
             "probs": {},
             "predicted": None,
+            "confidence": {},
+            "expected_dice": None,
             "flags": [],
             "seconds": seconds,
             "input_sha256": self.input_sha256,
@@ -156,3 +160,9 @@ class CaseFolder:
     def _public(self, text: str) -> str:
         """Without paths, which may name the patient: the ledger goes to MLflow."""
         return scrub(" ".join(text.split()), self.path.parent)[:_MAX_REASON]
+
+
+def _lowest(prediction: Prediction) -> float | None:
+    """The lowest expected Dice of the structures, None without a calibration."""
+    found = [trust.expected_dice for trust in prediction.confidence.values() if trust.expected_dice is not None]
+    return min(found, default=None)

@@ -1,7 +1,7 @@
 """A bundle with its network in memory: one scan in, one prediction out. Knows no folders and no ledger."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from medseg.bundle import Bundle, read_weights
+from medseg.bundle import WEIGHTS, Bundle, read_weights
 from medseg.cohort import Finding
 from medseg.data.preprocess import Prepared, prepare
 from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
 from medseg.models import build_from_config
-from medseg.predict.flags import check_mask, check_scan
+from medseg.models.ensemble import Ensemble
+from medseg.predict.flags import check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
+from medseg.predict.postprocess import apply_all
+from medseg.predict.trust import Trust, judge
+from medseg.predict.watching import watched
 from medseg.predict.windows import WorkingSet, segment_array
 from medseg.volume import Volume, closest_axes, from_canonical
 
@@ -32,6 +36,7 @@ class Prediction:
         probs: class name to probability (classification).
         predicted: name of the class that is called; empty for segmentation.
         flags: reasons to look at the result before using it.
+        confidence: label name to figures that say how far to trust it (segmentation), for each label found.
     """
 
     mask: Volume | None
@@ -39,6 +44,7 @@ class Prediction:
     probs: Mapping[str, float]
     predicted: str
     flags: tuple[Finding, ...]
+    confidence: Mapping[str, Trust] = field(default_factory=dict)
 
 
 class Predictor:
@@ -81,9 +87,13 @@ class Predictor:
         if self.bundle.config.task.kind == "classification":
             probs = self._classify(prepared)
             return Prediction(None, {}, probs, called_class(probs, self.bundle.operating_point), found)
-        mask = Volume(self._segment(prepared, announce), scan.channels[0].affine)
+        temperatures = [float(member["temperature"]) for member in self.bundle.members] or [self.bundle.temperature]
+        with watched(self.net, temperatures) as watcher:
+            mask = self._cleaned(Volume(self._segment(prepared, announce), scan.channels[0].affine))
         volumes_ml = measure_volumes(mask, self.bundle.labels) if scan.kind == "volume" else {}
-        return Prediction(mask, volumes_ml, {}, "", (*found, *check_mask(mask, self.bundle.labels)))
+        trust = judge(watcher.features(self.bundle.labels), self.bundle.evidence)
+        flags = (*found, *check_mask(mask, self.bundle.labels), *check_volumes(volumes_ml, self.bundle.evidence))
+        return Prediction(mask, volumes_ml, {}, "", flags, trust)
 
     def predict_file(self, path: Path) -> Prediction:
         """Predict the one scan at `path`. Raises UserError when there is not exactly one usable scan."""
@@ -115,6 +125,12 @@ class Predictor:
         )
         return from_canonical(labels, prepared.native_affine) if volume else labels
 
+    def _cleaned(self, mask: Volume) -> Volume:
+        """With the post-processing that the bundle's own evidence speaks for; without any, the mask as it is."""
+        choices = [choice for choice in self.bundle.evidence.get("postprocessing") or () if choice["used"]]
+        voxel_ml = mask.voxel_ml if mask.array.ndim == 3 else 0.0
+        return replace(mask, array=apply_all(mask.array, self.bundle.labels, choices, voxel_ml=voxel_ml))
+
     @torch.inference_mode()
     def _classify(self, prepared: Prepared) -> dict[str, float]:
         image = torch.from_numpy(prepared.image)[None].to(self.device)
@@ -126,11 +142,17 @@ class Predictor:
 
 
 def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Module:
-    """The bundle's network with its weights, in evaluation mode.
+    """The bundle's network with its weights, in evaluation mode; of joined folds, an `Ensemble` of theirs.
 
     Raises:
         UserError: the weights are damaged or belong to another network.
     """
+    members = [_network(bundle, str(member["weights"])) for member in bundle.members]
+    net = Ensemble(members) if members else _network(bundle, WEIGHTS)
+    return net.to(device or choose_device(bundle)).eval()
+
+
+def _network(bundle: Bundle, weights: str) -> nn.Module:
     task = bundle.config.task
     net = build_from_config(
         bundle.config.model,
@@ -139,13 +161,13 @@ def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Modul
         out_channels=task.out_channels,
     )
     try:
-        net.load_state_dict(read_weights(bundle))
+        net.load_state_dict(read_weights(bundle, weights))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{bundle.folder}: the weights do not fit model {bundle.config.model.name!r} ({reason})."
         ) from error
-    return net.to(device or choose_device(bundle)).eval()
+    return net
 
 
 def choose_device(bundle: Bundle) -> torch.device:

@@ -20,6 +20,7 @@ from medseg.ledger import USABLE, Ledger, Row
 from medseg.predict.jobs import Job, cohort_jobs, read_ahead, reject_id, source_jobs, write_behind
 from medseg.predict.outputs import CaseFolder
 from medseg.predict.predictor import Prediction, Predictor
+from medseg.predict.trust import write_queue
 from medseg.predict.windows import WorkingSet
 from medseg.progress import progress
 from medseg.result import Result
@@ -45,7 +46,7 @@ def run(
     workspace: Path | None = None,
     predictor: Predictor | None = None,
 ) -> Result:
-    """Predict every scan into `out/<case_id>/`; write `ledger.csv`, `summary.json` and `predict.json`.
+    """Predict every scan into `out/<case_id>/`; write `ledger.csv`, `review_queue.csv`, `summary.json`, `predict.json`.
 
     One bad case never stops the batch: its row of the ledger says why it was rejected (the scan cannot be used) or
     failed (an error). Inputs that never became a case are also listed in `rejects.csv`, with their file names.
@@ -77,6 +78,7 @@ def run(
             resumed, working_set_gb = _predict_all(jobs, predictor, ledger, out)
         finally:
             ledger.write()
+            write_queue(out / "review_queue.csv", ledger.rows)
     more = {"resumed": resumed, "working_set_gb": round(working_set_gb, 6)}
     return _summarise(ledger, bundle, out, more, time.monotonic() - start)
 
@@ -184,7 +186,7 @@ def _summarise(ledger: Ledger, bundle: Bundle, out: Path, more: Mapping[str, obj
     status = "done" if sum(counts[name] for name in USABLE) == len(ledger.rows) else "partial"
     model = {**bundle.identity(), "simulated": bundle.config.ingest.simulated}
     summary = write_json(out / "summary.json", {"status": status, **figures, "bundle": model})
-    paths = {"out": out, "ledger": ledger.path, "summary": summary}
+    paths = {"out": out, "ledger": ledger.path, "review_queue": out / "review_queue.csv", "summary": summary}
     if counts["rejected"]:
         paths["rejects"] = out / "rejects.csv"
     return Result("predict", "done" if status == "done" else "partial", paths, figures).write(out)

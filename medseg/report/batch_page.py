@@ -54,6 +54,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         trained_on_simulated=bool(bundle.get("simulated")),
         attention=_attention([row for row in shown if row["status"] != "done"], results, {c.case_id for c in drawn}),
         scans=_table(shown, results, {case.case_id for case in drawn}, len(rows)),
+        queue=_queue(folder / "review_queue.csv", {case.case_id for case in drawn}),
         drawn=drawn,
         note=capped(
             sum(row["status"] in ("done", "flagged") for row in rows), len(drawn), "finished scans", "the table"
@@ -163,6 +164,29 @@ def _attention(rows: Sequence[Row], results: Results, drawn: set[str]) -> Table:
     rejected = any(row["status"] == "rejected" for row in rows)
     note = "The files of rejected scans are named in rejects.csv." if rejected else ""
     return Table("Needs a look", ("Case", "Status", "Why"), tuple(cells), (False,) * 3, note)
+
+
+def _queue(path: Path, drawn: set[str]) -> Table | None:
+    """The review queue, the riskiest first; None where the model says nothing of how far to trust it."""
+    rows = read_rows(path) if path.is_file() else []
+    if not any(row.get("structure") for row in rows):
+        return None
+    calibrated = any(row["expected_dice"] for row in rows)
+    cells = []
+    for row in rows[: page.MAX_ROWS]:
+        figures = [number(float(row[name]) if row[name] else None, 3) for name in ("expected_dice", "agreement")]
+        tone = STATUS_TONES.get(row["status"], "")
+        case, flags = _name(row, drawn), words(_codes(row), tone=tone)
+        cells.append((number(int(row["rank"])), case, words(row["structure"]), *figures, flags))
+    note = "Flagged results first, then those whose least certain structure has the lowest expected Dice."
+    if not calibrated:
+        note = "Flagged results first, then the least certain; the model was not calibrated to expect a Dice."
+    heads = ("Rank", "Case", "Least certain structure", "Expected Dice", "Agreement of the folds", "Flags")
+    return Table("To be reviewed, in this order", heads, tuple(cells), (True, False, False, True, True, False), note)
+
+
+def _codes(row: Row) -> str:
+    return ", ".join(code.replace("_", " ") for code in row["flags"].split())
 
 
 def _table(rows: Sequence[Row], results: Results, drawn: set[str], total: int) -> Table:

@@ -49,7 +49,9 @@ def show_split(folder: Path, name: str, labels: Mapping[str, int], budget: Budge
     budget.pictures -= len(drawn)
     budget.viewers -= sum(case.viewer is not None for case in drawn)
     tables = [_class_table(metrics)] if metrics.get("task") == "segmentation" else _rate_tables(metrics)
-    tables += [table for table in (_site_table(metrics), _location_table(metrics)) if table is not None]
+    tables += [
+        table for table in (_trust_table(metrics), _site_table(metrics), _location_table(metrics)) if table is not None
+    ]
     roc = metrics.get("roc") or {}
     area = (metrics.get("auc") or {}).get("value")
     pictures = [roc_chart(roc["fpr"], roc["tpr"], area)] if roc.get("fpr") else []
@@ -112,6 +114,24 @@ def _rate_tables(metrics: Mapping[str, Any]) -> list[Table]:
         columns = ("", *(f"called {name}" for name in classes))
         tables.append(Table("Confusion", columns, tuple(rows), (False, *[True] * len(classes))))
     return tables
+
+
+def _trust_table(metrics: Mapping[str, Any]) -> Table | None:
+    """How well the model knew how good it is; None where it is not calibrated for that."""
+    known: Mapping[str, Mapping[str, Any]] = metrics.get("expected_dice") or {}
+    names = ("spearman", "pearson", "mean_error", "absolute_error", "calibration_error", "coverage")
+    rows = [
+        (words(label), *(number(found.get(name), 3) for name in names), number(found.get("n")))
+        for label, found in known.items()
+    ]
+    heads = ("Rank correlation", "Correlation", "Mean error", "Mean absolute error", "Calibration error", "In interval")
+    note = "Expected minus reached Dice; the interval is meant to hold the Dice of nine cases in ten."
+    numeric = (False, *[True] * (len(names) + 1))
+    return (
+        Table("Did the expected Dice come true?", ("Class", *heads, "Cases"), tuple(rows), numeric, note)
+        if rows
+        else None
+    )
 
 
 def _site_table(metrics: Mapping[str, Any]) -> Table | None:

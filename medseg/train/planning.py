@@ -51,7 +51,10 @@ def run(config: Config, cohort: Cohort, out: Path, *, measure: bool = True) -> R
 
 def make_plan(config: Config, cohort: Cohort) -> Plan:
     """Fingerprint of the train split, then the plan, without measuring memory; what the config fixes is taken as it
-    is."""
+    is.
+
+    Folds share one plan, measured on all that is not of the test split: only so can their networks see one image.
+    """
     return _draft(config, cohort).plan
 
 
@@ -98,11 +101,15 @@ def measured_plan(config: Config, cohort: Cohort, measure: Measure | None = None
 def plan_key(config: Config, cohort: Cohort) -> str:
     """Names what a plan was made for; a plan with another key is stale."""
     parts = [cohort.sha256, config.task, config.plan, config.model]
+    parts += ["folds"] if config.train.fold is not None else []
     return hashlib.sha256(dump_json([str(part) for part in parts]).encode()).hexdigest()[:16]
 
 
 def _draft(config: Config, cohort: Cohort) -> Draft:
-    drafted = draft_plan(config, cohort, cohort.split("train"))
+    cases = cohort.split("train")
+    if config.train.fold is not None:
+        cases = tuple(case for case in cohort.cases if case.split in ("train", "val"))
+    drafted = draft_plan(config, cohort, cases)
     fingerprint = {"key": plan_key(config, cohort), **drafted.plan.fingerprint}
     return replace(drafted, plan=replace(drafted.plan, fingerprint=fingerprint))
 

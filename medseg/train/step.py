@@ -28,6 +28,7 @@ from medseg.tracking import Tracker
 from medseg.train.device import choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
 from medseg.train.loop import Training, resume_training, start_training, train_loop
 from medseg.train.pooling import completed
+from medseg.train.temperature import calibrate_voxels
 from medseg.train.validate import validate
 
 _MEMORY_TOLERANCE = 0.10
@@ -88,7 +89,13 @@ def run(
             stop=stop,
         )
     memory = _hold_contract(plan, device, tracker, training.step)
-    return _finish(config, cohort, plan, folder, training, memory)
+    if training.best_state is not None:
+        training.average.load_state_dict(training.best_state)
+    calibration = None
+    if config.train.fold is not None and config.task.kind == "segmentation":
+        calibration = calibrate_voxels(training.average, val_examples, plan, device, seed=config.seed)
+        tracker.log_metrics({f"oof_{name}": value for name, value in calibration.items()}, step=0)
+    return _finish(config, cohort, plan, folder, training, memory, calibration)
 
 
 def with_plan(config: Config, plan: Plan) -> Config:
@@ -228,10 +235,14 @@ def _log_epoch(training: Training, history: Path, tracker: Tracker, figures: dic
 
 
 def _finish(
-    config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, training: Training, memory: dict[str, float]
+    config: Config,
+    cohort: Cohort,
+    plan: Plan,
+    folder: RunFolder,
+    training: Training,
+    memory: dict[str, float],
+    calibration: dict[str, float] | None,
 ) -> Result:
-    if training.best_state is not None:
-        training.average.load_state_dict(training.best_state)
     last = training.history[-1]
     metrics = {name: value for name, value in last.items() if name.startswith(("val_", "train_"))}
     bundle = save_bundle(
@@ -242,6 +253,7 @@ def _finish(
         run_id=folder.id,
         cohort_sha256=cohort.sha256,
         metrics=metrics,
+        calibration=calibration,
     )
     figures = {
         **metrics,

@@ -233,3 +233,24 @@ def test_nothing_of_a_patient_is_in_prefect(walked: tuple[Path, Result], prefect
     assert NAME.encode() not in content
     kept = [path for path in Path(os.environ["PREFECT_HOME"]).rglob("*") if path.is_file()]
     assert all(NAME.encode() not in path.read_bytes() for path in kept)
+
+
+@pytest.mark.slow
+def test_a_cross_validation_trains_each_fold_and_joins_them_under_its_own_name(
+    walked: tuple[Path, Result],
+) -> None:
+    workspace, _ = walked
+    cohort, sets = str(workspace / "cohorts" / "tiny"), [*SETS, "train.folds=2", "explain.max_cases=0"]
+    result = steps.cross_validate_flow("hippocampus", cohort, sets, str(workspace), run_id="crossed")
+    assert result.run_id == "crossed"
+    assert [member["run_id"] for member in read_json(result.paths["bundle"] / "bundle.json")["members"]] == [
+        "crossed-fold0",
+        "crossed-fold1",
+    ]
+    assert set(flow_runs("crossed")) == {"medseg-cross-validate"}
+    assert set(flow_runs("crossed-fold1")) == {"medseg-train"}
+    history = workspace / "runs" / "crossed-fold0" / "history.csv"
+    before = history.stat().st_mtime_ns
+    assert can_go_on(workspace, "crossed")
+    steps.cross_validate_flow("hippocampus", cohort, sets, str(workspace), run_id="crossed")
+    assert history.stat().st_mtime_ns == before, "a finished fold is not trained again"

@@ -1,0 +1,235 @@
+"""Cross-validation: folds that are trained as runs of their own, and `medseg models join`, which makes them one model.
+
+What the joined model knows of itself comes from out-of-fold predictions alone: each case of train and val as the one
+network predicts it that has not seen it. The test split stays out of everything here.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg.bundle import Bundle, load_bundle, read_weights, save_bundle
+from medseg.cohort import Cohort, take_fold
+from medseg.config import Config, dump_config
+from medseg.evaluate import cross_validation, earned, trust
+from medseg.evaluate import step as evaluate_step
+from medseg.evaluate.outcomes import Outcome, read_outcomes
+from medseg.files import UserError, write_text
+from medseg.plan import write_plan
+from medseg.predict import postprocess
+from medseg.predict import step as predict_step
+from medseg.result import Result
+from medseg.runs import RunFolder, create_run, find_run
+from medseg.tracking import Tracker, track
+
+EVALUATED = Path("evaluation") / "val"
+"""Where, in the run of a fold, its out-of-fold predictions and their figures lie."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One finished fold: its number, run and bundle, and what became of each of its cases."""
+
+    number: int
+    run: RunFolder
+    bundle: Bundle
+    outcomes: tuple[Outcome, ...]
+
+
+def as_trained(config: Config, cohort: Cohort) -> Cohort:
+    """The cohort with the splits that a training with this config sees; raises UserError when it cannot be dealt."""
+    train = config.train
+    if train.fold is None:
+        return cohort
+    return take_fold(cohort, train.fold, train.folds, seed=config.ingest.split.seed, by=train.folds_by)
+
+
+def fold_facts(config: Config) -> dict[str, int]:
+    """`fold` and `folds` of a training that is one of several; empty for an ordinary one."""
+    train = config.train
+    return {} if train.fold is None else {"fold": train.fold, "folds": train.folds}
+
+
+def measure_fold(bundle_dir: Path, cohort: Cohort, folder: RunFolder, tracker: Tracker) -> Result:
+    """Predict the cases that the fold's network has not seen and compare them with their labels.
+
+    Args:
+        cohort: as `as_trained` gives it. folder: the fold's run; masks and figures go to `evaluation/val` in it.
+    """
+    bundle = load_bundle(bundle_dir)
+    out, task = folder.path / EVALUATED, bundle.config.task
+    predict_step.run(bundle, cohort, out / "predictions", split="val", workspace=folder.workspace)
+    facts = {**bundle.identity(), "operating_point": bundle.facts["operating_point"]}
+    result = evaluate_step.run(
+        cohort, out / "predictions", out, split="val", bundle_facts=facts, labels=task.labels, kind=task.kind
+    )
+    numbers = {name: value for name, value in result.figures.items() if isinstance(value, int | float)}
+    tracker.log_metrics({f"oof_{name}": float(value) for name, value in numbers.items()}, step=0)
+    for name in ("metrics.json", "cases.csv"):
+        tracker.log_artifact(out / name, "evaluation/val")
+    return result
+
+
+def is_measured(workspace: Path, run_id: str) -> bool:
+    """Whether there is such a run, with a bundle and out-of-fold predictions that were measured."""
+    run = workspace / "runs" / run_id
+    return (run / "bundle" / "bundle.json").is_file() and (run / EVALUATED / "evaluate.json").is_file()
+
+
+def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run_id: str | None = None) -> Result:
+    """Join finished folds into one bundle whose logits are the mean of theirs, as a run of its own.
+
+    Args:
+        models: the folds' runs or bundles, in any order; folds that are missing are named in the result.
+        out: a second place for the bundle, beside `runs/<id>/bundle`.
+        run_id: identity given from outside; where that run was begun already, it goes on.
+
+    Raises:
+        UserError: a model is no fold, or not of the same cross-validation, or its predictions are missing.
+    """
+    folds = sorted((_read_fold(model, workspace) for model in models), key=lambda fold: fold.number)
+    _check_together(folds)
+    first = folds[0].bundle
+    config = first.config.model_copy(update={"train": first.config.train.model_copy(update={"fold": None})})
+    evidence, tables = collect_evidence(folds)
+    cohort_sha256 = str(first.facts["cohort_sha256"])
+    facts = {"step": "join", "seed": config.seed, "cohort_sha256": cohort_sha256}
+    again = bool(run_id) and (workspace / "runs" / str(run_id) / "run.json").is_file()
+    name = f"{config.name}-joined"
+    folder = find_run(workspace, str(run_id)) if again else create_run(workspace, name, run_id, **facts)
+    tags = {"medseg.step": "join", "medseg.folds": ",".join(str(fold.number) for fold in folds)}
+    with track(folder, config.tracking, tags=tags, resume=again) as tracker:
+        write_text(folder.path / "config.yaml", dump_config(config))
+        write_plan(folder.path / "plan.yaml", first.plan)
+        figures = _headline(evidence, folds)
+        bundle_dir = save_bundle(
+            folder.path / "bundle",
+            state_dict=[read_weights(fold.bundle) for fold in folds],
+            config=config,
+            plan=first.plan,
+            run_id=folder.id,
+            cohort_sha256=cohort_sha256,
+            metrics={name: value for name, value in figures.items() if isinstance(value, float)},
+            calibration=_calibration(folds),
+            members=[_member(fold) for fold in folds],
+            evidence=evidence,
+            attached=tables,
+        )
+        tracker.log_params({"members": [fold.run.id for fold in folds], "config": config.model_dump(mode="json")})
+        tracker.log_metrics({name: float(v) for name, v in figures.items() if isinstance(v, int | float)}, step=0)
+        tracker.log_bundle(bundle_dir, config.tracking.register_as)
+    paths = {"bundle": bundle_dir if out is None else _copy(bundle_dir, out), "run": folder.path}
+    told, rows = _told(figures, config.train.folds), cross_validation.rows(evidence)
+    return Result("models", "done", paths, figures, folder.id, rows=rows, text=told).write(folder.path)
+
+
+def collect_evidence(folds: Sequence[Fold]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the out-of-fold predictions say: facts for the bundle, and tables to travel with it."""
+    config = folds[0].bundle.config
+    outcomes = {fold.number: fold.outcomes for fold in folds}
+    evidence: dict[str, Any] = {"folds": config.train.folds, "joined": [fold.number for fold in folds]}
+    evidence["cross_validation"] = cross_validation.total(outcomes, config.task.labels, config.task.kind)
+    if config.task.kind == "segmentation":
+        pairs = [
+            earned.Pair(outcome.case.patient_id, outcome.pred, Path(outcome.case.label))
+            for fold in folds
+            for outcome in fold.outcomes
+            if outcome.measured and outcome.pred is not None
+        ]
+        evidence["postprocessing"] = earned.choose(pairs, config.task.labels, postprocess.apply)
+        evidence["expected_dice"] = trust.calibrate(outcomes, config.task.labels)
+        evidence["volumes_ml"] = trust.volume_ranges(pairs, config.task.labels)
+    return evidence, {"out_of_fold.csv": cross_validation.table(outcomes)}
+
+
+def _read_fold(model: str, workspace: Path) -> Fold:
+    bundle = load_bundle(model, workspace)
+    number = bundle.config.train.fold
+    if number is None:
+        raise UserError(f"model {model!r} is no fold of a cross-validation; train folds with --set train.fold=0, 1, ….")
+    run = find_run(workspace, bundle.run_id)
+    if not is_measured(workspace, run.id):
+        raise UserError(f"{run.path / EVALUATED} holds no figures; finish the fold with `--resume {run.id}`.")
+    return Fold(number, run, bundle, tuple(read_outcomes(run.path / EVALUATED)))
+
+
+def _check_together(folds: Sequence[Fold]) -> None:
+    numbers = [fold.number for fold in folds]
+    if twice := [number for number in set(numbers) if numbers.count(number) > 1]:
+        raise UserError(f"fold {twice[0]} is named twice; give one run for each fold.")
+    first, named = folds[0].bundle, repr(folds[0].run.id)
+    for fold in folds[1:]:
+        other, run = fold.bundle, fold.run.id
+        if other.facts["cohort_sha256"] != first.facts["cohort_sha256"]:
+            raise UserError(f"run {run!r} was trained on another cohort than {named}; join folds of one cohort.")
+        if _common(other.config) != _common(first.config):
+            raise UserError(f"the config of run {run!r} differs from that of {named} in more than train.fold.")
+        if (other.plan.patch_size, *_grid(other)) != (first.plan.patch_size, *_grid(first)):
+            raise UserError(f"the plan of run {run!r} differs from that of {named}; train it again with one plan.")
+
+
+def _common(config: Config) -> Mapping[str, Any]:
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    tree["train"] = {**tree["train"], "fold": None, "checkpoint_minutes": None}
+    return {name: value for name, value in tree.items() if name not in ("device", "tracking", "report")}
+
+
+def _grid(bundle: Bundle) -> tuple[object, ...]:
+    plan = bundle.plan
+    intensities = (plan.intensity_low, plan.intensity_high, plan.intensity_mean, plan.intensity_sd)
+    return plan.spacing_mm, plan.size_px, plan.normalise, intensities
+
+
+def _member(fold: Fold) -> dict[str, Any]:
+    bundle = fold.bundle
+    return {"run_id": bundle.run_id, "fold": fold.number, "sha256": bundle.sha256, "temperature": bundle.temperature}
+
+
+def _calibration(folds: Sequence[Fold]) -> dict[str, float] | None:
+    """Means over the folds; each network's own temperature stands with the member."""
+    known = [fold.bundle.facts["calibration"] for fold in folds if fold.bundle.facts["calibration"]]
+    if not known or len(known) < len(folds):
+        return None
+    names = [name for name in known[0] if all(name in found for found in known)]
+    return {name: float(sum(found[name] for found in known)) / len(known) for name in names}
+
+
+def _headline(evidence: Mapping[str, Any], folds: Sequence[Fold]) -> dict[str, object]:
+    missing = sorted(set(range(evidence["folds"])) - {fold.number for fold in folds})
+    figures: dict[str, object] = {"folds": len(folds), **({"missing_folds": missing} if missing else {})}
+    figures |= cross_validation.headline(evidence["cross_validation"])
+    for label, found in (evidence.get("expected_dice") or {}).items():
+        held_out = found["held_out"]
+        flat = {f"expected_dice_{name}_{label}": held_out[name] for name in ("spearman", "absolute_error")}
+        figures |= {name: value for name, value in flat.items() if math.isfinite(value)}
+    used = [f"{c['label']}: {c['operation']}" for c in evidence.get("postprocessing") or () if c["used"]]
+    return figures | ({"postprocessing": used} if used else {})
+
+
+def _told(figures: Mapping[str, object], folds: int) -> str:
+    """What a person has to know of the joined model, in two sentences."""
+    missing, used = figures.get("missing_folds"), figures.get("postprocessing")
+    text = f"{figures['folds']} of {folds} folds joined"
+    text += f"; missing: {', '.join(map(str, missing))}." if isinstance(missing, list) else "."
+    chosen = ", ".join(map(str, used)) if isinstance(used, list) else "none is applied"
+    return f"{text} Post-processing that out-of-fold predictions speak for: {chosen}.".replace("_", " ")
+
+
+def _copy(bundle_dir: Path, out: Path) -> Path:
+    """The bundle under a second name: copied beside it, then renamed; the hashes are checked when it is loaded."""
+    if out.exists() and not (out / "bundle.json").is_file():
+        raise UserError(f"--out {out} exists and is no bundle; name a new folder.")
+    part = out.with_name(f".part-{out.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(bundle_dir, part)
+        shutil.rmtree(out, ignore_errors=True)
+        part.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out

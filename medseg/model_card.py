@@ -1,0 +1,92 @@
+"""The model card: what a model is for, what it was measured at, and where it ends. Made of facts only."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from medseg.config import Config
+from medseg.plan import Plan
+
+
+def model_card(facts: Mapping[str, Any], config: Config, plan: Plan) -> str:
+    """The model card in Markdown, made of facts only."""
+    task, grid = config.task, " × ".join(f"{n:g}" for n in plan.spacing_mm or plan.size_px)
+    if grid:
+        grid += " mm" if plan.spacing_mm else " px"
+    cases = plan.fingerprint.get("cases", "an unknown number of")
+    figures = [
+        f"| {name.replace('_', ' ')} | {value:.4g} |"
+        for name, value in facts["metrics"].items()
+        if isinstance(value, (int, float))
+    ]
+    simulated = "\nThe training cases are simulated; figures on them say nothing about patients.\n"
+    return "\n".join(
+        [
+            f"# {config.name}",
+            "",
+            f"{task.kind.capitalize()} in {task.spatial_dims}D of {', '.join(task.labels)} from the image channels "
+            f"{', '.join(task.channels)}, by the network `{config.model.name}`.",
+            "",
+            "## Intended use",
+            "",
+            "Research only. Not a medical device; a qualified person must review every result.",
+            "",
+            "## Data",
+            "",
+            f"Trained on {cases} cases of the cohort with SHA-256 `{facts['cohort_sha256']}`, on "
+            f"{f'a grid of {grid}' if grid else 'their own grids'} (normalisation: {plan.normalise}).",
+            simulated if config.ingest.simulated else "",
+            "## Figures",
+            "",
+            "Measured during training, on the validation split where named `val`. The test split is measured by "
+            "`medseg evaluate`.",
+            "",
+            *(["| figure | value |", "|---|---|", *figures] if figures else ["None was recorded."]),
+            "",
+            *_joined(facts),
+            "## Limits",
+            "",
+            "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
+            f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
+            "",
+            "## Origin",
+            "",
+            f"Run `{facts['run_id']}`, seed {config.seed}, medseg {facts['version']}.",
+            "",
+        ]
+    )
+
+
+def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What cross-validation says, where folds were joined."""
+    members, evidence = facts.get("members") or (), facts.get("evidence") or {}
+    if not members:
+        return
+    yield "## Cross-validation"
+    yield ""
+    folds = ", ".join(str(member["fold"]) for member in members)
+    yield f"{len(members)} networks whose logits are averaged, of the folds {folds} of {evidence['folds']}. Each case"
+    yield "was measured by the one network that had not seen it."
+    yield ""
+    if "mean_dice" not in evidence["cross_validation"]:
+        auc = evidence["cross_validation"]["auc"]
+        yield from (f"Area under the ROC curve {_interval({**auc, 'mean': auc['value']})}.", "")
+        return
+    yield "| label | Dice | HD95 (mm) | surface Dice | cases |"
+    yield "|---|---|---|---|---|"
+    for label, found in evidence["cross_validation"]["classes"].items():
+        cells = [_interval(found[name]) for name in ("dice", "hd95_mm", "surface_dice")]
+        yield f"| {label} | {' | '.join(cells)} | {found['dice']['n']} |"
+    yield ""
+    for choice in evidence.get("postprocessing") or ():
+        if choice["used"]:
+            yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
+            yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
+    yield ""
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    low, high = found["ci_low"], found["ci_high"]
+    if found["mean"] is None or found["mean"] != found["mean"]:
+        return "–"
+    text = f"{found['mean']:.3f}"
+    return text if low is None or low != low else f"{text} ({low:.3f} to {high:.3f})"

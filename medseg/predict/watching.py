@@ -1,0 +1,105 @@
+"""What the networks say of each structure while they predict it, gathered window by window.
+
+Sums are kept and no map, so that neither the size of the scan nor the number of networks needs memory; voxels that
+several windows see count as often. Out of fold and later the figures are made in the same way, which is what counts.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medseg.confidence import Features, agreement_bound
+from medseg.models.ensemble import Ensemble
+
+_SLAB = 16  # slices of a window at a time: with many classes the probabilities of a window are large
+
+
+class Watcher:
+    """Gathers the sums over all windows of one image.
+
+    Args:
+        members: how many networks answer each window.
+        temperatures: of each network's logits.
+    """
+
+    def __init__(self, members: int, temperatures: Sequence[float]) -> None:
+        self._members, self._temperatures = members, temperatures
+        self._waiting: list[Tensor] = []
+        self._sums: Tensor | None = None  # (member, figure, class)
+        self._shared: dict[tuple[int, int], Tensor] = {}
+
+    def see(self, window_BCDHW: Tensor, logits_BKDHW: Tensor) -> None:
+        """Take the logits of the next network for a window."""
+        self._waiting.append(logits_BKDHW)
+        if len(self._waiting) < self._members:
+            return
+        answers, self._waiting = self._waiting, []
+        if bool((window_BCDHW != 0).any()):  # a probe of the network's shape, or nothing but padding
+            for start in range(0, answers[0].shape[2], _SLAB):
+                self._add([logits[:, :, start : start + _SLAB] for logits in answers])
+
+    def features(self, labels: Mapping[str, int]) -> dict[str, Features]:
+        """Per label that at least one network finds."""
+        if self._sums is None:
+            return {}
+        size, soft, hit, entropy = self._sums.cpu().double().unbind(1)
+        shared = {pair: counts.cpu().double() for pair, counts in self._shared.items()}
+        found = {}
+        for name, c in labels.items():
+            members = [k for k in range(self._members) if size[k, c] > 0]
+            if not members:
+                continue
+            promised = [float(2 * hit[k, c] / (size[k, c] + soft[k, c])) for k in members]
+            unsure = [float(entropy[k, c] / size[k, c]) for k in members]
+            pairs = [(i, j) for i, j in shared if size[i, c] + size[j, c] > 0]
+            alike = [float(2 * shared[i, j][c] / (size[i, c] + size[j, c])) for i, j in pairs]
+            agreement = sum(alike) / len(alike) if alike else math.nan
+            mean = [sum(values) / len(values) for values in (promised, unsure)]
+            found[name] = Features(mean[0], mean[1], agreement, agreement_bound(alike))
+        return found
+
+    def _add(self, answers: Sequence[Tensor]) -> None:
+        classes, called, rows = answers[0].shape[1], [], []
+        for logits, temperature in zip(answers, self._temperatures, strict=True):
+            log_probs = (logits.float() / temperature).log_softmax(1)
+            probs = log_probs.exp()
+            sure, label = probs.max(1)
+            entropy = -(probs * log_probs).sum(1) / math.log(classes)
+            flat = label.reshape(-1)
+            soft = probs.transpose(0, 1).reshape(classes, -1).sum(1)
+            size, hit, unsure = (_count(flat, classes, w) for w in (None, sure.reshape(-1), entropy.reshape(-1)))
+            rows.append(torch.stack([size, soft.double(), hit, unsure]))
+            called.append(flat)
+        sums = torch.stack(rows)
+        self._sums = sums if self._sums is None else self._sums + sums
+        for i, j in combinations(range(self._members), 2):
+            same = _count(called[i][called[i] == called[j]], classes)
+            self._shared[i, j] = self._shared[i, j] + same if (i, j) in self._shared else same
+
+
+@contextmanager
+def watched(net: nn.Module, temperatures: Sequence[float]) -> Iterator[Watcher]:
+    """Watch a network, or each network of an `Ensemble`, while the block runs; nothing about them changes."""
+    members = list(net.members) if isinstance(net, Ensemble) else [net]
+    given = list(temperatures) if len(temperatures) == len(members) else [1.0] * len(members)
+    watcher = Watcher(len(members), given)
+
+    def see(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim > 2:
+            watcher.see(inputs[0], output)
+
+    handles = [member.register_forward_hook(see) for member in members]
+    try:
+        yield watcher
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _count(flat: Tensor, classes: int, weights: Tensor | None = None) -> Tensor:
+    return torch.bincount(flat, None if weights is None else weights.double(), minlength=classes).double()

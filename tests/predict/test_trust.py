@@ -1,0 +1,126 @@
+"""What the networks say while they predict, and what is made of it for people."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_bundle import Threshold, bundle, plan, write_boxes
+from torch import Tensor, nn
+
+from medseg.confidence import Features
+from medseg.files import read_json, read_rows, write_json
+from medseg.ledger import Row, read_ledger
+from medseg.metrics import dice
+from medseg.models.ensemble import Ensemble
+from medseg.predict import Predictor, segment_array, step
+from medseg.predict.flags import check_volumes
+from medseg.predict.trust import judge, write_queue
+from medseg.predict.watching import watched
+
+LABELS = {"one": 1, "two": 2}
+
+
+class Fixed(nn.Module):
+    """Logits that follow from the intensity, shifted, so that networks differ."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([0 * x, x - self.shift, -x - self.shift], 1)
+
+
+def test_sums_over_windows_are_those_of_the_whole_image() -> None:
+    """One window covers the image, so the features can be calculated from the whole maps."""
+    image = np.random.default_rng(0).normal(0, 2, (1, 20, 12, 12)).astype(np.float32)
+    nets, temperatures = [Fixed(0.0), Fixed(0.7)], [1.0, 2.0]
+    together = Ensemble(nets)
+    with watched(together, temperatures) as watcher:
+        segment_array(together, image, (20, 12, 12), 0.0)
+    found = watcher.features(LABELS)
+    logits = [net(torch.from_numpy(image)[None]) for net in nets]
+    called = [z.argmax(1)[0].numpy() for z in logits]
+    probs = [(z / t).softmax(1)[0].double().numpy() for z, t in zip(logits, temperatures, strict=True)]
+    for name, value in LABELS.items():
+        inside = [c == value for c in called]
+        soft = [2 * p[value][m].sum() / (p[value].sum() + m.sum()) for p, m in zip(probs, inside, strict=True)]
+        entropy = [(-(p * np.log(p)).sum(0) / math.log(3))[m].mean() for p, m in zip(probs, inside, strict=True)]
+        assert found[name].soft_dice == pytest.approx(np.mean(soft), rel=1e-4)
+        assert found[name].entropy == pytest.approx(np.mean(entropy), rel=1e-4)
+        assert found[name].agreement == pytest.approx(dice(*inside))
+    assert not any(member._forward_hooks for member in together.members), "nothing is left behind"
+
+
+def test_watching_changes_no_label_and_one_network_has_none_to_agree_with() -> None:
+    image = np.random.default_rng(1).normal(0, 2, (1, 24, 24, 24)).astype(np.float32)
+    net = Fixed(0.3)
+    plain = segment_array(net, image, (16, 16, 16), 0.5)
+    with watched(net, [1.0]) as watcher:
+        assert np.array_equal(segment_array(net, image, (16, 16, 16), 0.5), plain)
+    found = watcher.features(LABELS)
+    assert math.isnan(found["one"].agreement)
+    assert found["one"].bound == 1
+    assert judge(found, {})["one"].expected_dice is None
+
+
+def test_only_empty_windows_and_absent_structures_say_nothing() -> None:
+    net = Fixed(0.5)
+    with watched(net, [1.0]) as watcher:
+        net(torch.zeros(1, 1, 8, 8, 8))
+        assert watcher.features(LABELS) == {}
+        net(torch.full((1, 1, 8, 8, 8), 3.0))
+    assert set(watcher.features(LABELS)) == {"one"}
+
+
+def test_expected_dice_comes_from_the_evidence_of_the_bundle() -> None:
+    evidence = {"expected_dice": {"one": {"coefficients": [0.0, 1.0, 0.0], "low": -0.1, "high": 0.05, "n": 20}}}
+    said = judge({"one": Features(0.9, 0.1), "two": Features(0.8, 0.2)}, evidence)
+    assert said["one"].expected_dice == pytest.approx(0.9)
+    assert said["one"].interval == pytest.approx((0.8, 0.95))
+    assert said["two"].expected_dice is None
+
+
+def test_volumes_outside_all_that_was_seen_are_flagged() -> None:
+    known = {"volumes_ml": {"one": {"median": 3.0, "low": 2.0, "high": 4.5, "mad_log": 0.1, "n": 40}}}
+    assert not list(check_volumes({"one": 4.4, "two": 900.0}, known))
+    assert not list(check_volumes({"one": 4.6}, known)), "outside, but not far"
+    assert not list(check_volumes({"one": 0.0}, known)), "nothing found has a flag of its own"
+    (large,) = check_volumes({"one": 9.0}, known)
+    assert large.code == "implausible_volume"
+    assert large.number == pytest.approx(0.6745 * math.log(3) / 0.1, abs=0.01)
+    assert "2 to 4.5 ml" in large.message
+    assert [found.code for found in check_volumes({"one": 0.9}, known)] == ["implausible_volume"]
+    assert not list(check_volumes({"one": 9.0}, {}))
+
+
+def test_the_queue_puts_flags_first_and_then_the_least_trusted(tmp_path: Path) -> None:
+    said = {
+        "sure": ({"one": (0.95, 0.9), "two": (0.93, 0.9)}, []),
+        "weak": ({"one": (0.95, 0.9), "two": (0.41, 0.5)}, []),
+        "flag": ({"one": (0.97, 0.9)}, [{"code": "touches_border"}]),
+        "none": ({}, [{"code": "empty_prediction"}]),
+    }
+    rows = [Row("gone", "failed")]
+    for name, (structures, flags) in said.items():
+        confidence = {s: {"expected_dice": e, "agreement": a, "soft_dice": 0.5} for s, (e, a) in structures.items()}
+        write_json(tmp_path / name / "result.json", {"confidence": confidence, "flags": flags})
+        rows.append(Row(name, "flagged" if flags else "done"))
+    found = read_rows(write_queue(tmp_path / "review_queue.csv", rows))
+    assert [row["case_id"] for row in found] == ["flag", "none", "weak", "sure"]
+    assert [row["rank"] for row in found] == ["1", "2", "3", "4"]
+    assert (found[2]["structure"], found[2]["expected_dice"]) == ("two", "0.41")
+
+
+def test_results_and_ledger_carry_what_is_known(tmp_path: Path) -> None:
+    """A bundle that was not calibrated gives features and a queue, but promises no Dice."""
+    made = bundle(tmp_path / "b", grid=plan(spacing_mm=(1.0, 1.0, 1.0)))
+    step.run(made, [write_boxes(tmp_path / "scans", 2)], tmp_path / "out", predictor=Predictor(made, net=Threshold()))
+    result = read_json(tmp_path / "out" / "scan-00" / "result.json")
+    said = result["confidence"]["thing"]
+    assert (said["expected_dice"], said["agreement"], result["expected_dice"]) == (None, None, None)
+    assert 0.7 < said["soft_dice"] <= 1
+    assert [row.expected_dice for row in read_ledger(tmp_path / "out" / "ledger.csv")] == [None, None]
+    assert len(read_rows(tmp_path / "out" / "review_queue.csv")) == 2
