@@ -1,7 +1,8 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
-`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, and `bundle.json` with what the model is and the
-SHA-256 of every other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
+`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, and
+`bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is pickled, and nothing of it
+is used before its hash is checked.
 """
 
 import hashlib
@@ -32,12 +33,14 @@ from medseg.files import (
 )
 from medseg.plan import Plan, read_plan, write_plan
 from medseg.runs import find_run
+from medseg.verdict import Verdict, read_verdict, write_verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
 WEIGHTS = "weights.safetensors"
+VERDICT = "verdict.json"
 _FILES = (WEIGHTS, "config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -51,6 +54,7 @@ class Bundle:
         labels: label name to value (segmentation) or class name to index.
         sha256: over `bundle.json`, and through it over every file; names this model in results and ledgers.
         facts: the content of `bundle.json`.
+        verdict: calibration and operating point of a classifier; None for other models and bundles without one.
     """
 
     folder: Path
@@ -59,6 +63,7 @@ class Bundle:
     labels: Mapping[str, int]
     sha256: str
     facts: Mapping[str, Any] = field(repr=False)
+    verdict: Verdict | None = None
 
     @property
     def name(self) -> str:
@@ -114,6 +119,7 @@ def save_bundle(
     metrics: Mapping[str, Any],
     calibration: Mapping[str, float] | None = None,
     operating_point: Mapping[str, Any] | None = None,
+    verdict: Verdict | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
@@ -122,6 +128,7 @@ def save_bundle(
         metrics: what was measured on it, for `bundle.json` and the model card.
         calibration: `{"temperature": …}` for the logits of a classifier.
         operating_point: `{"target": class name, "threshold": probability}`.
+        verdict: takes the place of the two.
 
     Raises:
         UserError: the folder cannot be written.
@@ -142,11 +149,29 @@ def save_bundle(
     }
     with _new_folder(folder) as part:
         _write_weights(part / WEIGHTS, state_dict)
-        write_text(part / "config.yaml", dump_config(config))
-        write_plan(part / "plan.yaml", plan)
-        write_text(part / "MODEL_CARD.md", model_card(facts, config, plan))
-        facts["files"] = {name: sha256_file(part / name) for name in _FILES}
-        write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
+        _write_about(part, facts, config, plan, verdict)
+    return folder
+
+
+def with_verdict(
+    bundle: Bundle, folder: Path, verdict: Verdict, *, run_id: str | None = None, config: Config | None = None
+) -> Path:
+    """Write a bundle with the weights and plan of another and a new verdict; `folder` may be the other's own.
+
+    Args:
+        run_id: the run that calibrated it; by default it stays that of the other. The run that trained the weights
+            and the bundle they came from are kept in `bundle.json`.
+        config: the config with the settings of this verdict; by default the other's.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    if run_id is not None:
+        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    with _new_folder(folder) as part:
+        shutil.copyfile(bundle.folder / WEIGHTS, part / WEIGHTS)
+        _write_about(part, facts, config or bundle.config, bundle.plan, verdict)
     return folder
 
 
@@ -164,7 +189,8 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     facts = read_json(folder / "bundle.json")
     _verify(folder, facts)
     config = load_config(folder / "config.yaml")
-    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts)
+    verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
+    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts, verdict)
 
 
 def find_bundle(name: str, workspace: Path) -> Path:
@@ -208,7 +234,7 @@ def package_version() -> str:
         return "unknown"
 
 
-def model_card(facts: Mapping[str, Any], config: Config, plan: Plan) -> str:
+def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Verdict | None = None) -> str:
     """The model card in Markdown, made of facts only."""
     task, grid = config.task, " × ".join(f"{n:g}" for n in plan.spacing_mm or plan.size_px)
     if grid:
@@ -248,6 +274,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan) -> str:
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
             "",
+            *(_verdict_lines(verdict) if verdict else ()),
             "## Origin",
             "",
             f"Run `{facts['run_id']}`, seed {config.seed}, medseg {facts['version']}.",
@@ -277,6 +304,43 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _write_about(part: Path, facts: dict[str, Any], config: Config, plan: Plan, verdict: Verdict | None) -> None:
+    """Everything but the weights, which lie there; `bundle.json` last, since it vouches for the rest."""
+    names = list(_FILES)
+    if verdict is not None:
+        facts["calibration"] = {"method": verdict.method, "id": verdict.id}
+        facts["operating_point"] = {"target": verdict.positive, "threshold": verdict.threshold}
+        write_verdict(part / VERDICT, verdict)
+        names.append(VERDICT)
+    write_text(part / "config.yaml", dump_config(config))
+    write_plan(part / "plan.yaml", plan)
+    write_text(part / "MODEL_CARD.md", model_card(facts, config, plan, verdict))
+    facts["files"] = {name: sha256_file(part / name) for name in names}
+    write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
+
+
+def _verdict_lines(verdict: Verdict) -> list[str]:
+    """The section of the model card about the verdict."""
+    fitted, point = verdict.fitted, verdict.point
+    rows = [
+        f"| {name.replace('_', ' ')} | {found['value']:.3f} | {found['ci_low']:.3f} to {found['ci_high']:.3f} |"
+        for name in ("sensitivity", "specificity", "referral_rate", "ppv", "npv")
+        if isinstance(found := point.get(name), Mapping)
+        and all(isinstance(found.get(key), (int, float)) for key in ("value", "ci_low", "ci_high"))
+    ]
+    where = f"the split `{fitted['split']}` of " if fitted.get("split") else ""
+    return [
+        "## Verdict",
+        "",
+        f"Refers for {verdict.positive} from a probability of {verdict.threshold:.3f} on (calibration `{verdict.id}`, "
+        f"{verdict.method}), chosen for a sensitivity of {point.get('target_sensitivity')} on {fitted.get('n')} cases, "
+        f"{fitted.get('n_positive')} positive, of {where}the cohort with SHA-256 `{fitted.get('cohort_sha256')}`. "
+        f"Referral rate and predictive values are for a prevalence of {point.get('prevalence')}.",
+        "",
+        *(["| figure | value | 95 % interval |", "|---|---|---|", *rows, ""] if rows else []),
+    ]
+
+
 def _write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> None:
     from safetensors.torch import save_file
 
@@ -295,7 +359,7 @@ def _verify(folder: Path, facts: Any) -> None:
     where = folder / "bundle.json"
     if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{where} is not of schema version {SCHEMA_VERSION}; train the model with this version.")
-    if facts.get("sha256") != _digest(facts) or set(facts.get("files", ())) != set(_FILES):
+    if facts.get("sha256") != _digest(facts) or set(facts.get("files", ())) - {VERDICT} != set(_FILES):
         raise UserError(f"{where} was changed since the bundle was made; copy the bundle again from its run.")
     for name, digest in facts["files"].items():
         path = folder / name

@@ -24,6 +24,9 @@ class Row:
         source_kind: dicom, nifti or png; empty when unknown.
         seconds: reading, network and writing together.
         input_sha256, output_sha256, bundle_sha256: of the scan, of the mask or the probabilities, of the model.
+        verdict: refer, do not refer or not assessable; empty where the model gives none.
+        probability: calibrated, of the class to refer, as text; score: 0 to 100; threshold: of the probability.
+            Empty without an assessable verdict.
     """
 
     case_id: str
@@ -34,18 +37,31 @@ class Row:
     input_sha256: str = ""
     output_sha256: str = ""
     bundle_sha256: str = ""
+    verdict: str = ""
+    probability: str = ""
+    score: str = ""
+    threshold: str = ""
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> "Row":
         """The row that follows from a case's `result.json`."""
         return cls(
-            **{name: result[name] for name in _COLUMNS if name not in ("seconds", "bundle_sha256")},
+            **{name: result[name] for name in _COLUMNS if name not in ("seconds", "bundle_sha256", *_VERDICT)},
             seconds=round(sum(result["seconds"].values()), 3),
             bundle_sha256=result["bundle"]["sha256"],
+            **_verdict_cells(result.get("verdict")),
         )
 
 
 _COLUMNS = tuple(f.name for f in fields(Row))
+_VERDICT = ("verdict", "probability", "score", "threshold")
+
+
+def _verdict_cells(verdict: Mapping[str, Any] | None) -> dict[str, str]:
+    if not verdict:
+        return {}
+    cells = {name: "" if verdict[name] is None else f"{verdict[name]:.6g}" for name in _VERDICT[1:]}
+    return {"verdict": verdict["call"], **cells}
 
 
 class Ledger:

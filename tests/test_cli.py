@@ -26,6 +26,7 @@ ON_SHELVES = (
     "models list",
     "models show",
     "models prune",
+    "models calibrate",
     "models promote",
     "models export",
     "data list",

@@ -19,8 +19,11 @@ from medseg.config.results import (
 )
 from medseg.config.training import AugmentConfig, CrossEntropyConfig, DiceCEConfig, LossConfig, PlanConfig, TrainConfig
 from medseg.config.tree import Config, TaskConfig
+from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
+    "AuditConfig",
+    "AuditItem",
     "AugmentConfig",
     "CodeConfig",
     "Config",
@@ -47,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "UNetConfig",
     "UNetPPConfig",
+    "VerdictConfig",
     "apply_override",
     "dump_config",
     "find_config",

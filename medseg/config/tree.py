@@ -9,6 +9,7 @@ from medseg.config.ingest import IngestConfig
 from medseg.config.models import ModelConfig
 from medseg.config.results import ExplainConfig, ExportConfig, PredictConfig, ReportConfig, TrackingConfig
 from medseg.config.training import AugmentConfig, LossConfig, PlanConfig, TrainConfig
+from medseg.config.verdict import AuditConfig, VerdictConfig
 
 
 class TaskConfig(Strict):
@@ -46,6 +47,8 @@ class Config(Strict):
     plan: PlanConfig = PlanConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    verdict: VerdictConfig = VerdictConfig()
+    audit: AuditConfig = AuditConfig()
     predict: PredictConfig = PredictConfig()
     explain: ExplainConfig = ExplainConfig()
     export: ExportConfig = ExportConfig()
@@ -62,4 +65,6 @@ class Config(Strict):
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")
+        if self.verdict.positive is not None and self.verdict.positive not in self.task.labels:
+            raise ValueError(f"verdict.positive {self.verdict.positive!r} is none of task.labels")
         return self
