@@ -1,4 +1,4 @@
-"""The audit of a classifier as part of a run: lung fields, models trained without one site, records for the registry."""
+"""The audit of a classifier as part of a run: lung fields, models trained without one site, the registry's record."""
 
 import hashlib
 import re
@@ -57,14 +57,11 @@ def run(
     unseen = cohort.sha256 != _trained_on(bundle)
     left_out = _leave_sites_out(bundle, subject, folder.workspace) if config.leave_one_site_out else []
     out = folder.path / "audit" / split
-    result = step.run(
-        subject, out, split=split, bundle_facts=bundle.identity(), elsewhere=Elsewhere(unseen, left_out)
-    )
+    result = step.run(subject, out, split=split, bundle_facts=bundle.identity(), elsewhere=Elsewhere(unseen, left_out))
     tracker.log_metrics(
         {name: float(value) for name, value in result.figures.items() if isinstance(value, (int, float))}
     )
     tracker.set_tag(f"medseg.audit.{split}", str(result.figures["audit"]))
-    tracker.log_artifact(result.paths["audit"], f"audit/{split}")
     record_audit(bundle.sha256, _record(read_json(result.paths["audit"])), folder.workspace, bundle.config.tracking)
     return replace(result, run_id=folder.id)
 
@@ -92,7 +89,9 @@ def _settings(bundle: Bundle, overrides: Sequence[str]) -> AuditConfig:
 def _subject(bundle: Bundle, cohort: Cohort, split: str, config: AuditConfig, workspace: Path) -> Subject:
     positive = positive_class(bundle.config.verdict, bundle.labels)
     if positive is None:
-        raise UserError(f"model {bundle.name!r} has {len(bundle.labels)} classes; name verdict.positive and train again.")
+        raise UserError(
+            f"model {bundle.name!r} has {len(bundle.labels)} classes; name verdict.positive and train again."
+        )
     labelled = [case for case in cohort.cases if case.target in bundle.labels]
     return Subject(
         Scorer(load_network(bundle), bundle.plan),
@@ -119,7 +118,9 @@ def _find_lungs(where: str, workspace: Path) -> FindLungs | None:
         return lambda case, image: _read_mask(folder / f"{case.case_id}.png", image)
     bundle = load_bundle(where, workspace)
     if bundle.config.task.kind != "segmentation" or bundle.config.task.spatial_dims != 2:
-        raise UserError(f"audit.lungs {where!r} is no segmentation model of radiographs; name one, or a folder of masks.")
+        raise UserError(
+            f"audit.lungs {where!r} is no segmentation model of radiographs; name one, or a folder of masks."
+        )
     net = load_network(bundle)
 
     def segment(case: Case, image: Volume) -> NDArray[np.generic]:
@@ -138,7 +139,9 @@ def _read_mask(path: Path, image: Volume) -> NDArray[np.generic] | None:
         return None
     mask = read_image(path).array
     if mask.shape != image.array.shape:
-        raise UserError(f"{path} has shape {mask.shape}, its image {image.array.shape}; give masks on the images' grid.")
+        raise UserError(
+            f"{path} has shape {mask.shape}, its image {image.array.shape}; give masks on the images' grid."
+        )
     return mask
 
 
@@ -155,7 +158,10 @@ def _leave_sites_out(bundle: Bundle, subject: Subject, workspace: Path) -> list[
         cases = [case for case in without.cases if case.split == "test" and case.target in bundle.labels]
         plain = Verdict(subject.verdict.positive, "temperature", 0.5)
         other = replace(
-            subject, scorer=Scorer(load_network(trained), trained.plan), verdict=trained.verdict or plain, cohort=without
+            subject,
+            scorer=Scorer(load_network(trained), trained.plan),
+            verdict=trained.verdict or plain,
+            cohort=without,
         )
         scores += score_sites(other, cases, trained_without=site, unseen=False)
     return scores

@@ -71,9 +71,7 @@ def run(
     facts = {"step": "calibrate", "seed": config.seed, "cohort_sha256": cohort.sha256, "bundle_sha256": bundle.sha256}
     net = load_network(bundle)
     elsewhere = split != "val"
-    verdict = calibrate(
-        net, bundle.plan, bundle.labels, cohort, cases, config.verdict, split=split, new_site=elsewhere
-    )
+    verdict = calibrate(net, bundle.plan, bundle.labels, cohort, cases, config.verdict, split=split, new_site=elsewhere)
     folder = create_run(workspace, f"calibrate-{config.name}", None, **facts)
     with track(folder, config.tracking, tags={"medseg.step": "calibrate"}) as tracker:
         tracker.log_params(config.verdict.model_dump(mode="json"))

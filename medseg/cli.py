@@ -97,7 +97,8 @@ def evaluate(
     split: Split = "test",
     audit: Annotated[bool, typer.Option("--audit", help="Also ask a classifier what it really reads.")] = False,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="AUDIT.B=C", help="Where the audit finds lungs, what it trains.")
+        list[str] | None,
+        typer.Option("--set", metavar="AUDIT.B=C", help="Where the audit finds lungs, what it trains."),
     ] = None,
     workspace: Workspace = None,
     as_json: Json = False,
@@ -177,7 +178,9 @@ def models_calibrate(
     model: ModelArg,
     cohort: CohortDir,
     out: Annotated[Path | None, typer.Option(help="Folder of the new bundle [runs/<id>/bundle].")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="VERDICT.B=C", help="Override the verdict.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="VERDICT.B=C", help="Override the verdict.")
+    ] = None,
     workspace: Workspace = None,
     as_json: Json = False,
 ) -> None:

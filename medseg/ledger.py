@@ -49,7 +49,7 @@ class Row:
             **{name: result[name] for name in _COLUMNS if name not in ("seconds", "bundle_sha256", *_VERDICT)},
             seconds=round(sum(result["seconds"].values()), 3),
             bundle_sha256=result["bundle"]["sha256"],
-            **_verdict_cells(result.get("verdict")),
+            **_verdict_cells(result.get("verdict")),  # type: ignore[arg-type]
         )
 
 

@@ -171,6 +171,7 @@ def audit(
         result = _audit(bundle, cohort, folder, tracker, split, overrides)
         page = report_step.run(bundle.config.report, folder.path)
         tracker.log_artifact(page.paths["report"], "report")
+        tracker.log_artifact(folder.path / "audit", "audit")
     return replace(result, paths={**result.paths, "report": page.paths["report"], "run": folder.path})
 
 
@@ -323,6 +324,8 @@ def _log_evaluation(tracker: "Tracker", result: Result, page: Result, out: Path,
     for overlay in sorted((out / "overlays").glob("*.png")):
         tracker.log_artifact(overlay, f"evaluation/{split}/overlays")
     tracker.log_artifact(page.paths["report"], "report")
+    if (out.parent.parent / "audit").is_dir():
+        tracker.log_artifact(out.parent.parent / "audit", "audit")
 
 
 def _numbers(result: Result) -> dict[str, float]:

@@ -132,7 +132,7 @@ def _open_items(version: ModelVersion, workspace: Path) -> dict[str, str]:
     config = load_bundle(version.uri, workspace).config
     if config.task.kind != "classification" or config.task.spatial_dims != 2:
         return {}  # there is no audit for other models
-    found = {}
+    found: dict[str, str] = {}
     for name in config.audit.required:
         told = {audit["items"].get(name, "not assessable") for audit in version.audits}
         state = next((status for status in ("fail", "pass", "not assessable") if status in told), "not audited")

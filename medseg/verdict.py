@@ -125,7 +125,9 @@ def read_verdict(path: Path) -> Verdict:
     try:
         verdict = Verdict(
             **{name: tree[name] for name in ("positive", "method", "point", "quality", "fitted")},
-            **{name: float(tree[name]) for name in ("threshold", "scale", "shift")},
+            threshold=float(tree["threshold"]),
+            scale=float(tree["scale"]),
+            shift=float(tree["shift"]),
             knots=tuple((float(at), float(value)) for at, value in tree["knots"]),
             withhold=tuple(tree["withhold"]),
             subgroups=tuple(tree["subgroups"]),

@@ -76,7 +76,9 @@ def calibrate(
     """
     positive = positive_class(config, labels)
     if positive is None:
-        raise CannotCalibrate(f"verdict.positive is not set and there are {len(labels)} classes; name the class to refer.")
+        raise CannotCalibrate(
+            f"verdict.positive is not set and there are {len(labels)} classes; name the class to refer."
+        )
     known = [case for case in cases if case.target in labels]
     truth = np.array([case.target == positive for case in known], dtype=bool)
     check_cases(truth, config, cohort)
@@ -92,13 +94,13 @@ def check_cases(truth: NDArray[np.bool_], config: VerdictConfig, cohort: Cohort)
     ones, zeros = int(truth.sum()), int((~truth).sum())
     if len(truth) < config.min_cases or min(ones, zeros) < config.min_per_class:
         raise CannotCalibrate(
-            f"{cohort.folder} has {ones} positive and {zeros} negative labelled cases; a calibration needs "
-            f"{config.min_cases} (verdict.min_cases), {config.min_per_class} of each (verdict.min_per_class): label more."
+            f"{cohort.folder} has {ones} positive and {zeros} negative labelled cases; label more: a calibration needs "
+            f"{config.min_cases} (verdict.min_cases), {config.min_per_class} of each (verdict.min_per_class)."
         )
 
 
 def choose_method(method: str, cases: int, new_site: bool) -> Method:
-    """The mapping for a number of cases; raises CannotCalibrate for isotonic regression on fewer than 100 of a new site."""
+    """The mapping for a number of cases. Raises CannotCalibrate for isotonic regression on few of a new site."""
     if method == "isotonic" and new_site and cases < PLATT_BELOW:
         reason = f"verdict.method isotonic needs {PLATT_BELOW} cases of a new site, not {cases}"
         raise CannotCalibrate(f"{reason}; take platt.")
@@ -123,7 +125,8 @@ def fit(
     Raises:
         UserError: the scores run against the known classes.
     """
-    scale, shift, knots = 1.0, 0.0, ()
+    scale, shift = 1.0, 0.0
+    knots: tuple[tuple[float, float], ...] = ()
     try:
         if method == "temperature":
             scale = 1 / fit_temperature(margin, truth)

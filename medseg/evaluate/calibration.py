@@ -90,7 +90,7 @@ def fit_isotonic(margin: ArrayLike, truth: ArrayLike) -> tuple[tuple[float, floa
 
 
 def ece(probs: ArrayLike, truth: ArrayLike, weights: ArrayLike | None = None, bins: int = ECE_BINS) -> float:
-    """Expected calibration error over bins of equal width (Guo et al. 2017, equation 3). Biased upwards for few cases."""
+    """Expected calibration error over bins of equal width (Guo et al. 2017, equation 3); too high for few cases."""
     p, y, w = _weighted(probs, truth, weights)
     place = np.minimum((p * bins).astype(np.int64), bins - 1)
     gaps = np.bincount(place, w * (p - y), minlength=bins)

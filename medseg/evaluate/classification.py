@@ -138,7 +138,7 @@ def _f1(ones: NDArray[np.bool_], picked: NDArray[np.bool_], weights: Array) -> f
 def _calibration(
     truth: NDArray[np.bool_], probs: Array, outcomes: Sequence[Outcome], seed: int
 ) -> dict[str, object] | None:
-    """Calibration error, Brier score and negative log-likelihood with intervals over patients; the reliability curve."""
+    """Calibration error, Brier score and negative log-likelihood with intervals over patients; the curve behind."""
     if not len(outcomes):
         return None
     patients = [outcome.case.patient_id for outcome in outcomes]

@@ -39,10 +39,11 @@ def check_duplicates(subject: Subject) -> Item:
     with ThreadPoolExecutor(_READERS) as pool, progress("Comparing images", len(cohort.cases)) as shown:
         prints = {}
         jobs = pool.map(lambda case: fingerprint(read_image(cohort.image_paths(case)[0])), cohort.cases)
-        for case, found in zip(cohort.cases, jobs, strict=True):
-            prints[case.case_id] = found
+        for case, made in zip(cohort.cases, jobs, strict=True):
+            prints[case.case_id] = made
             shown.advance()
-    rows, touched = [], set()
+    rows: list[dict[str, Any]] = []
+    touched: set[str] = set()
     for one, other, share in pairs(cohort.cases, prints):
         across = _across(one, other)
         if across:
@@ -56,9 +57,7 @@ def check_duplicates(subject: Subject) -> Item:
         else f"None of the {found.n} images has a twin in another split or of another patient."
     )
     # All images were compared with all: a count, not a sample, so the value decides whatever the interval.
-    return judged(
-        "duplicates", found, limit, "below", "value", sentence, unit="share of images", details=rows[:_SHOWN]
-    )
+    return judged("duplicates", found, limit, "below", "value", sentence, unit="share of images", details=rows[:_SHOWN])
 
 
 def name_sites(subject: Subject) -> Item:
@@ -162,7 +161,8 @@ def _small_images(subject: Subject, cases: Sequence[Case], cut: View | None) -> 
         image = read_image(subject.cohort.image_paths(case)[0])
         if cut is not None:
             image = replace(image, array=cut(image.array, subject.hull(case, image.array.shape)))
-        return prepare([image], plan).image[0]
+        prepared: NDArray[np.float32] = prepare([image], plan).image[0]
+        return prepared
 
     with ThreadPoolExecutor(_READERS) as pool:
         return np.stack(list(pool.map(small, cases)))

@@ -20,9 +20,7 @@ from medseg.volume import Volume
 
 Array = NDArray[np.float64]
 
-_NO_LUNGS = (
-    "No case has plausible lung masks; name a lung model or a folder of masks in audit.lungs to have this item assessed."
-)
+_NO_LUNGS = "No case has plausible lung masks; name a lung model or a folder of masks in audit.lungs."
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,7 @@ def check_borders(subject: Subject) -> Item:
     assert worst is not None
     name, found = worst
     sentence = f"With images {name}, the probability changes by {found.value:.3f} on average."
-    if name.startswith("“"):
-        sentence = f"With {name}, the probability changes by {found.value:.3f} on average."
-    elif name.startswith("corners"):
+    if name.startswith("“") or name.startswith("corners"):
         sentence = f"With {name}, the probability changes by {found.value:.3f} on average."
     config = subject.config
     return judged(
@@ -173,7 +169,9 @@ def score_sites(subject: Subject, cases: Sequence[Case], *, trained_without: str
             trained_without,
             row["group"],
             unseen or row["group"] == trained_without,
-            *(Estimate(**row[name]) for name in ("auc", "sensitivity", "specificity")),
+            Estimate(**row["auc"]),
+            Estimate(**row["sensitivity"]),
+            Estimate(**row["specificity"]),
             row["n_positive"],
         )
         for row in rows
@@ -206,7 +204,9 @@ def check_sites(subject: Subject, scores: Sequence[SiteScore]) -> Item:
     where = f"{lowest.site}, which it was not trained on" if lowest.unseen else lowest.site
     sentence = f"The lowest AUC is {lowest.auc.value:.2f}, at {where}."
     if not unseen:
-        sentence += " No site was left out of training: set audit.leave_one_site_out, or audit on a cohort from elsewhere."
+        sentence += (
+            " No site was left out of training: set audit.leave_one_site_out, or audit on a cohort from elsewhere."
+        )
     return judged(
         "sites", lowest.auc, limit, "above", config.decide_by, sentence, unit=unit, details=rows,
         at_best="pass" if unseen else "not assessable",

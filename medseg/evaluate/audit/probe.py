@@ -109,7 +109,7 @@ def _train(
             index = torch.from_numpy(chosen)
             loss = functional.cross_entropy(net(x[index]), y[index], weight)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         advance()

@@ -53,7 +53,9 @@ def run(subject: Subject, out: Path, *, split: str, bundle_facts: Mapping[str, A
     """
     started = time.monotonic()
     if len(set(subject.truth.tolist())) < 2:
-        raise UserError(f"the {len(subject.cases)} labelled cases of split {split!r} hold one class only; add the other.")
+        raise UserError(
+            f"the {len(subject.cases)} labelled cases of split {split!r} hold one class only; add the other."
+        )
     items = [_timed(ask, subject) for ask in _ASKED]
     items.append(_timed(lambda s: _sites(s, elsewhere), subject))
     order = list(TITLES)
@@ -79,8 +81,11 @@ def run(subject: Subject, out: Path, *, split: str, bundle_facts: Mapping[str, A
         figures[wanted.replace(" ", "_")] = sum(item.status == wanted for item in items)
     figures |= {f"audit_{item.name}": round(item.value, 5) for item in items if item.value is not None}
     figures["seconds"] = tree["seconds"]
-    rows = [{"item": i.name, "status": i.status, "value": _shown(i.value), "limit": i.limit, "why": i.sentence} for i in items]
-    return Result("audit", "done", paths, figures, rows=rows).write(out)
+    rows = [
+        {"item": i.name, "status": i.status, "value": _shown(i.value), "limit": i.limit, "why": i.sentence}
+        for i in items
+    ]
+    return Result("audit", "done", paths, figures, rows=rows)
 
 
 def overall(items: Sequence[Item], required: Sequence[str]) -> Status:
