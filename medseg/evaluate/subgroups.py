@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from medseg.cohort import Case, Cohort
 from medseg.evaluate.calibration import rates
-from medseg.evaluate.statistics import Estimate, bootstrap
+from medseg.evaluate.statistics import Estimate, bootstrap_auc
 from medseg.files import UserError, read_rows
-from medseg.metrics import roc_auc
 
 TABLE = "attributes.csv"
 FACTORS = ("sex", "age", "view")
@@ -73,7 +72,7 @@ def tabulate(
 
 def auc(probs: NDArray[np.float64], truth: NDArray[np.bool_], patients: Sequence[str], *, seed: int = 0) -> Estimate:
     """Area under the ROC curve with its interval over patients; NaN where a class is missing."""
-    return bootstrap(lambda weights: roc_auc(truth, probs, weights), patients, seed=seed)
+    return bootstrap_auc(truth, probs, patients, seed=seed)
 
 
 def _read_table(cohort: Cohort) -> dict[str, dict[str, str]]:

@@ -1,6 +1,5 @@
 """The audit on simulated radiographs with a known fault, or without one, and networks that read a known place."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from medseg.files import read_json
 from medseg.images import read_image, write_png
 from medseg.plan import Plan
 from medseg.verdict import Verdict
+from medseg.volume import Volume
 
 SIZE, COUNT = 64, 96
-SETTINGS = AuditConfig(probe_size=48, probe_epochs=10, max_cases=COUNT, min_group=10)
+SETTINGS = AuditConfig(probe_size=32, probe_epochs=8, max_cases=COUNT, min_group=10)
 
 
 class CornerReader(nn.Module):
@@ -68,9 +68,10 @@ def _simulate(folder: Path, *, marked: bool) -> Cohort:
 
 def _subject(cohort: Cohort, net: nn.Module, lungs: bool = True, **settings: object) -> Subject:
     plan = Plan(2, (SIZE, SIZE), 8, size_px=(SIZE, SIZE))
-    find: Callable[..., np.ndarray] = lambda case, image: (
-        read_image(cohort.folder / "lungs" / f"{case.case_id}.png").array
-    )  # noqa: E731
+
+    def find(case: Case, image: Volume) -> np.ndarray:
+        return read_image(cohort.folder / "lungs" / f"{case.case_id}.png").array
+
     config = SETTINGS.model_copy(update=settings)
     verdict = Verdict("ill", "temperature", 0.5)
     cases = cohort.cases
@@ -122,13 +123,12 @@ def test_a_reader_of_the_lungs_on_a_clean_cohort_passes(clean: Cohort) -> None:
     groups = model_items.check_subgroups(subject)
     assert groups.status in ("pass", "not assessable")
     assert [row["group"] for row in groups.details] == ["site a", "site b"]
-    again = cohort_items.name_sites(_subject(clean, LungReader()))
-    assert again == named, "the same audit gives the same figures"
 
 
 def test_without_masks_the_items_that_need_them_are_not_assessable(clean: Cohort) -> None:
     subject = _subject(clean, LungReader(), lungs=False, probe_epochs=2)
-    named = cohort_items.name_sites(subject)
+    named, again = cohort_items.name_sites(subject), cohort_items.name_sites(subject)
+    assert named == again, "the same audit gives the same figures"
     assert named.status == "not assessable"
     assert "Without lung masks" in named.sentence
     for item in (model_items.check_blacked_out(subject), model_items.check_masks(subject)):

@@ -124,6 +124,8 @@ def test_a_verdict_is_refer_or_not_or_withheld() -> None:
     withheld = verdict.as_result(0.734, {"few_pixels"})
     assert (withheld["call"], withheld["score"], withheld["probability"]) == ("not assessable", None, None)
     assert verdict.as_result(None)["call"] == "not assessable"
+    assert verdict.id != Verdict("ill", "temperature", 0.41, withhold=("few_pixels",)).id
+    assert verdict.id == Verdict("ill", "temperature", 0.4, withhold=("few_pixels",)).id, "what it decides by names it"
 
 
 def test_a_fitted_verdict_says_how_sure_it_is_and_survives_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -14,10 +14,9 @@ from medseg.evaluate.audit import masks
 from medseg.evaluate.audit.item import Item, judged, missing
 from medseg.evaluate.audit.probe import name_unseen
 from medseg.evaluate.audit.subject import SEED, Subject
-from medseg.evaluate.statistics import Estimate, bootstrap, wilson
+from medseg.evaluate.statistics import Estimate, aucs, bootstrap_rows, wilson
 from medseg.images import read_image
 from medseg.ingest.duplicates import fingerprint, pairs
-from medseg.metrics import roc_auc
 from medseg.progress import progress
 
 _SHOWN = 50
@@ -110,11 +109,12 @@ def _name(subject: Subject, cases: Sequence[Case], classes: Sequence[int], view:
     nothing = Estimate(float("nan"), float("nan"), float("nan"), len(cases))
     if not cases:
         return nothing
-    names, patients = np.array(classes, dtype=np.int64), [case.patient_id for case in cases]
+    _, index = np.unique(np.array(classes), return_inverse=True)
+    patients = [case.patient_id for case in cases]
     try:
         probs = name_unseen(
             _small_images(subject, cases, VIEWS[view]),
-            np.unique(names, return_inverse=True)[1].astype(np.int64),
+            index,
             patients,
             folds=config.probe_folds,
             epochs=config.probe_epochs,
@@ -124,32 +124,31 @@ def _name(subject: Subject, cases: Sequence[Case], classes: Sequence[int], view:
         )
     except ValueError:  # too few patients in a class
         return nothing
-    _, index = np.unique(names, return_inverse=True)
     strata = subject.truth_of(cases) if what == "site" else np.zeros(len(cases), dtype=bool)
-    return bootstrap(lambda weights: mean_auc(probs, index, strata, weights), patients, seed=SEED)
+    return bootstrap_rows(lambda weights: mean_auc(probs, index, strata, weights), patients, seed=SEED)
 
 
-def mean_auc(probs: Array, index: NDArray[np.int64], strata: NDArray[np.bool_], weights: Array) -> float:
-    """Mean over strata (by their weight) of the mean AUC of each name against the rest.
+def mean_auc(probs: Array, index: NDArray[np.int64], strata: NDArray[np.bool_], weights: Array) -> Array:
+    """Mean over strata (by their cases) of the mean AUC of each name against the rest, for each row of weights.
 
     Args:
-        probs: (n, K). index: (n,) the true name. strata, weights: (n,).
+        probs: (n, K). index: (n,) the true name. strata: (n,). weights: (draws, n).
 
-    Raises:
-        ValueError: no stratum holds two names.
+    Returns:
+        (draws,), NaN where a name is missing from a stratum that has it.
     """
-    found, sizes = [], []
+    total, size = np.zeros(len(weights)), 0
     for stratum in (False, True):
-        inside = (strata == stratum) & (weights > 0)
+        inside = strata == stratum
         names = sorted(set(index[inside].tolist()))
         if len(names) < 2:
             continue
-        areas = [roc_auc(index[inside] == name, probs[inside, name], weights[inside]) for name in names]
-        found.append(areas[1] if len(names) == 2 and probs.shape[1] == 2 else float(np.mean(areas)))
-        sizes.append(float(weights[inside].sum()))
-    if not found:
-        raise ValueError("no stratum holds two names.")
-    return float(np.average(found, weights=sizes))
+        # of two names one says it all: their probabilities sum to 1
+        asked = names[1:] if probs.shape[1] == 2 else names
+        areas = [aucs(index[inside] == name, probs[inside, name], weights[:, inside]) for name in asked]
+        total += inside.sum() * np.mean(areas, axis=0)
+        size += int(inside.sum())
+    return total / size if size else np.full(len(weights), np.nan)
 
 
 def _small_images(subject: Subject, cases: Sequence[Case], cut: View | None) -> NDArray[np.float32]:

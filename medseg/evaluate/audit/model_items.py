@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,8 @@ from medseg.evaluate.audit.borders import CHANGES
 from medseg.evaluate.audit.cohort_items import name_classes_without_lungs
 from medseg.evaluate.audit.item import Item, judged, missing
 from medseg.evaluate.audit.subject import SEED, Subject
-from medseg.evaluate.statistics import Estimate, bootstrap, summarise
+from medseg.evaluate.statistics import Estimate, aucs, bootstrap_rows, summarise
 from medseg.evaluate.subgroups import auc, read_groups, tabulate
-from medseg.metrics import roc_auc
 from medseg.volume import Volume
 
 Array = NDArray[np.float64]
@@ -115,8 +115,8 @@ def check_masks(subject: Subject) -> Item:
         area = auc(probs, truth, patients, seed=SEED)
         shift = float(np.abs(probs - scores["whole"]).mean())
         rows.append({"mask": name, **_figures(area), "mean_change": shift})
-    lost = bootstrap(
-        lambda w: roc_auc(truth, scores["whole"], w) - roc_auc(truth, scores["dilated"], w), patients, seed=SEED
+    lost = bootstrap_rows(
+        lambda w: aucs(truth, scores["whole"], w) - aucs(truth, scores["dilated"], w), patients, seed=SEED
     )
     sentence = f"Seeing the dilated lungs alone costs the model {lost.value:.2f} of its AUC."
     if lost.value <= 0:
@@ -139,11 +139,7 @@ def check_subgroups(subject: Subject) -> Item:
             outside = np.array([bool(name) and name != group for name in of_case])
             if not all(_enough(truth[part], config.min_group) for part in (inside, outside)):
                 continue
-            gap = bootstrap(
-                lambda w, a=outside, b=inside: roc_auc(truth[a], probs[a], w[a]) - roc_auc(truth[b], probs[b], w[b]),  # type: ignore[misc]
-                subject.patients,
-                seed=SEED,
-            )
+            gap = bootstrap_rows(partial(_gap, truth, probs, outside, inside), subject.patients, seed=SEED)
             if worst is None or gap.value > worst[1].value:
                 worst = (f"{factor} {group}", gap)
     rows = [_flat(row) for row in table]
@@ -211,6 +207,14 @@ def check_sites(subject: Subject, scores: Sequence[SiteScore]) -> Item:
         "sites", lowest.auc, limit, "above", config.decide_by, sentence, unit=unit, details=rows,
         at_best="pass" if unseen else "not assessable",
     )  # fmt: skip
+
+
+def _gap(
+    truth: NDArray[np.bool_], probs: Array, others: NDArray[np.bool_], group: NDArray[np.bool_], weights: Array
+) -> Array:
+    """AUC of the others less that of the group, for each row of weights (draws, n)."""
+    areas = [aucs(truth[part], probs[part], weights[:, part]) for part in (others, group)]
+    return areas[0] - areas[1]
 
 
 def _cut(subject: Subject, cases: Sequence[Case], how: Any, kind: str) -> Any:

@@ -76,11 +76,11 @@ def run(subject: Subject, out: Path, *, split: str, bundle_facts: Mapping[str, A
         "seconds": round(time.monotonic() - started, 1),
     }
     paths = {"audit": write_json(out / "audit.json", tree)}
-    figures: dict[str, object] = {"audit": status, "cases": len(subject.cases)}
+    figures: dict[str, object] = {"audit": status}
     for wanted in ("pass", "fail", "not assessable"):
-        figures[wanted.replace(" ", "_")] = sum(item.status == wanted for item in items)
+        figures[f"audit_items_{wanted.replace(' ', '_')}"] = sum(item.status == wanted for item in items)
     figures |= {f"audit_{item.name}": round(item.value, 5) for item in items if item.value is not None}
-    figures["seconds"] = tree["seconds"]
+    figures["audit_seconds"] = tree["seconds"]
     rows = [
         {"item": i.name, "status": i.status, "value": _shown(i.value), "limit": i.limit, "why": i.sentence}
         for i in items
