@@ -54,10 +54,12 @@ def run(
     """
     config = _settings(bundle, overrides)
     subject = _subject(bundle, cohort, split, config, folder.workspace)
-    unseen = cohort.sha256 != _trained_on(bundle)
+    trained_sites = bundle.verdict.fitted.get("trained_sites") if bundle.verdict else None
     left_out = _leave_sites_out(bundle, subject, folder.workspace) if config.leave_one_site_out else []
     out = folder.path / "audit" / split
-    result = step.run(subject, out, split=split, bundle_facts=bundle.identity(), elsewhere=Elsewhere(unseen, left_out))
+    result = step.run(
+        subject, out, split=split, bundle_facts=bundle.identity(), elsewhere=Elsewhere(trained_sites, left_out)
+    )
     tracker.log_metrics(
         {name: float(value) for name, value in result.figures.items() if isinstance(value, (int, float))}
     )
@@ -103,10 +105,6 @@ def _subject(bundle: Bundle, cohort: Cohort, split: str, config: AuditConfig, wo
         config,
         _find_lungs(config.lungs, workspace),
     )
-
-
-def _trained_on(bundle: Bundle) -> str:
-    return str(bundle.facts["cohort_sha256"])
 
 
 def _find_lungs(where: str, workspace: Path) -> FindLungs | None:
@@ -163,7 +161,7 @@ def _leave_sites_out(bundle: Bundle, subject: Subject, workspace: Path) -> list[
             verdict=trained.verdict or plain,
             cohort=without,
         )
-        scores += score_sites(other, cases, trained_without=site, unseen=False)
+        scores += score_sites(other, cases, trained_without=site, unseen={site})
     return scores
 
 

@@ -34,7 +34,14 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
         return {}
     try:
         verdict = calibrate(
-            load_network(bundle), bundle.plan, bundle.labels, cohort, cases, bundle.config.verdict, split="val"
+            load_network(bundle),
+            bundle.plan,
+            bundle.labels,
+            cohort,
+            cases,
+            bundle.config.verdict,
+            split="val",
+            trained_sites=sorted({case.site for case in cohort.cases if case.split in ("train", "val")}),
         )
     except CannotCalibrate as error:
         reason = reason_of(error, cohort.folder.parent)
@@ -70,8 +77,17 @@ def run(
     cases, split = _cases(bundle, cohort)
     facts = {"step": "calibrate", "seed": config.seed, "cohort_sha256": cohort.sha256, "bundle_sha256": bundle.sha256}
     net = load_network(bundle)
-    elsewhere = split != "val"
-    verdict = calibrate(net, bundle.plan, bundle.labels, cohort, cases, config.verdict, split=split, new_site=elsewhere)
+    verdict = calibrate(
+        net,
+        bundle.plan,
+        bundle.labels,
+        cohort,
+        cases,
+        config.verdict,
+        split=split,
+        trained_sites=bundle.verdict.fitted.get("trained_sites") if bundle.verdict else None,
+        new_site=split != "val",
+    )
     folder = create_run(workspace, f"calibrate-{config.name}", None, **facts)
     with track(folder, config.tracking, tags={"medseg.step": "calibrate"}) as tracker:
         tracker.log_params(config.verdict.model_dump(mode="json"))

@@ -49,6 +49,7 @@ def test_training_calibrates_on_its_validation_split(trained: tuple[Path, Path, 
     )  # fmt: skip
     assert verdict.fitted["cohort_sha256"] == read_cohort(cohort_dir).sha256
     assert bundle.operating_point == ("tb", verdict.threshold)
+    assert verdict.fitted["trained_sites"] == ["north", "south"]
     assert result.figures["threshold"] == pytest.approx(verdict.threshold, abs=1e-5)
     assert read_json(place / "runs" / result.run_id / "train.json")["figures"]["val_specificity"] is not None
     assert f"calibration `{verdict.id}`" in (bundle.folder / "MODEL_CARD.md").read_text()
@@ -113,6 +114,7 @@ def test_a_new_site_gets_its_own_bundle_with_provenance(trained: tuple[Path, Pat
     assert (after.verdict.method, after.verdict.fitted["n"], after.verdict.fitted["new_site"]) == ("platt", 24, True)
     assert after.verdict.point["prevalence"] == after.config.verdict.prevalence == 0.03
     assert (after.facts["made_from"], after.facts["trained_in"]) == (before.sha256, before.run_id)
+    assert after.verdict.fitted["trained_sites"] == ["north", "south"], "calibrating there trains nothing"
     assert after.run_id == made.run_id != before.run_id
     assert read_run(replace(_folder(place, made.run_id)))["status"] == "FINISHED"
     assert (after.folder / "weights.safetensors").read_bytes() == (before.folder / "weights.safetensors").read_bytes()

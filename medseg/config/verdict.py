@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from medseg.config.fields import Count, Positive, Share, Strict
+from medseg.config.ingest import FindingCode
 
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 AuditItem = Literal["sites", "site_named", "lungs_blacked_out", "masks", "duplicates", "borders", "subgroups"]
@@ -27,7 +28,7 @@ class VerdictConfig(Strict):
     prevalence: OpenShare = 0.1
     min_cases: Annotated[int, Field(ge=4)] = 20
     min_per_class: Annotated[int, Field(ge=2)] = 5
-    withhold: tuple[str, ...] = ("not_frontal_chest", "few_pixels", "few_levels")
+    withhold: tuple[FindingCode, ...] = ("not_frontal_chest", "few_pixels", "few_levels")
 
 
 class AuditConfig(Strict):

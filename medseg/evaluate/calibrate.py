@@ -61,12 +61,14 @@ def calibrate(
     config: VerdictConfig,
     *,
     split: str,
+    trained_sites: Sequence[str] | None = None,
     new_site: bool = False,
 ) -> Verdict:
     """Fit the verdict of a network on labelled cases that it was not trained on.
 
     Args:
         split: named in the result; empty for a whole cohort.
+        trained_sites: where the training cases come from, if known; kept for the audit.
         new_site: the cases come from elsewhere than the training cases, so that the prevalence and with it the shift
             differ: `auto` fits slope and shift below 500 cases, and isotonic regression is refused below 100.
 
@@ -83,7 +85,8 @@ def calibrate(
     truth = np.array([case.target == positive for case in known], dtype=bool)
     check_cases(truth, config, cohort)
     margin = margins(Scorer(net, plan).score(cohort, known, what="Calibrating"), labels[positive])
-    facts = {"cohort_sha256": cohort.sha256, "split": split, "new_site": new_site}
+    facts: dict[str, Any] = {"cohort_sha256": cohort.sha256, "split": split, "new_site": new_site}
+    facts["trained_sites"] = trained_sites
     patients = [case.patient_id for case in known]
     method = choose_method(config.method, len(known), new_site)
     return fit(margin, truth, patients, positive, method, config, groups=read_groups(cohort, known), facts=facts)

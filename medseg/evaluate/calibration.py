@@ -149,7 +149,10 @@ def clopper_pearson(hits: int, n: int) -> Estimate:
 
 
 def rates(probs: ArrayLike, truth: ArrayLike, threshold: float) -> tuple[Estimate, Estimate]:
-    """Sensitivity and specificity at a threshold, with exact intervals."""
+    """Sensitivity and specificity at a threshold, with exact intervals.
+
+    Cases count as independent; with several of one patient the intervals are too narrow.
+    """
     p, y, _ = _weighted(probs, truth, None)
     called = p >= threshold
     ones, zeros = int(y.sum()), int((1 - y).sum())

@@ -93,7 +93,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 def test_a_marker_that_goes_with_site_and_class_fails_the_audit(marked: Cohort, tmp_path: Path) -> None:
     subject = _subject(marked, CornerReader())
     result = step.run(
-        subject, tmp_path, split="test", bundle_facts={"name": "corner"}, elsewhere=step.Elsewhere(unseen=True)
+        subject, tmp_path, split="test", bundle_facts={"name": "corner"}, elsewhere=step.Elsewhere(trained_sites=["a"])
     )
     audit = read_json(tmp_path / "audit.json")
     items = {item["name"]: item for item in audit["items"]}
@@ -103,6 +103,7 @@ def test_a_marker_that_goes_with_site_and_class_fails_the_audit(marked: Cohort, 
     assert items["lungs_blacked_out"]["value"] > 0.8
     assert items["borders"]["sentence"].startswith("With ")
     assert items["duplicates"]["status"] == "pass"
+    assert [row["unseen"] for row in items["sites"]["details"]] == ["no", "yes"]
     assert audit["status"] == result.figures["audit"] == "fail"
     assert list(items) == list(SETTINGS.required)
     for item in audit["items"]:
@@ -138,7 +139,7 @@ def test_without_masks_the_items_that_need_them_are_not_assessable(clean: Cohort
 
 def test_a_site_left_out_is_what_counts(clean: Cohort) -> None:
     subject = _subject(clean, LungReader())
-    own = model_items.score_sites(subject, clean.cases, trained_without="", unseen=False)
+    own = model_items.score_sites(subject, clean.cases, trained_without="", unseen=())
     home = model_items.check_sites(subject, own)
     assert home.status == "not assessable"
     assert "leave_one_site_out" in home.sentence

@@ -1,6 +1,6 @@
 """The items of the audit that ask the model: changed images, groups of patients, sites."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -155,8 +155,10 @@ def check_subgroups(subject: Subject) -> Item:
     )
 
 
-def score_sites(subject: Subject, cases: Sequence[Case], *, trained_without: str, unseen: bool) -> list[SiteScore]:
-    """How a model does at each site of some cases, at the threshold it came with."""
+def score_sites(
+    subject: Subject, cases: Sequence[Case], *, trained_without: str, unseen: Collection[str]
+) -> list[SiteScore]:
+    """How a model does at each site of some cases, at the threshold it came with; `unseen` names sites it knows not."""
     probs, truth = subject.score(cases, None, "Sites"), subject.truth_of(cases)
     patients, sites = [case.patient_id for case in cases], [case.site for case in cases]
     rows = tabulate(probs, truth, subject.verdict.threshold, {"site": sites}, patients, seed=SEED)
@@ -164,7 +166,7 @@ def score_sites(subject: Subject, cases: Sequence[Case], *, trained_without: str
         SiteScore(
             trained_without,
             row["group"],
-            unseen or row["group"] == trained_without,
+            row["group"] in unseen,
             Estimate(**row["auc"]),
             Estimate(**row["sensitivity"]),
             Estimate(**row["specificity"]),

@@ -1,7 +1,7 @@
 """The step `audit`: a classifier and a labelled cohort in, `audit.json` out."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ class Elsewhere:
     """What tells how the model does at sites that it was not trained on.
 
     Attributes:
-        unseen: the audited cohort is another than the one the model was trained on.
+        trained_sites: where its training cases come from; None when that is not known, and no site counts as unseen.
         left_out: scores of models trained by the same recipe without one site.
     """
 
-    unseen: bool = False
+    trained_sites: Collection[str] | None = None
     left_out: Sequence[SiteScore] = ()
 
 
@@ -94,7 +94,9 @@ def overall(items: Sequence[Item], required: Sequence[str]) -> Status:
 
 
 def _sites(subject: Subject, elsewhere: Elsewhere) -> Item:
-    own = score_sites(subject, subject.cases, trained_without="", unseen=elsewhere.unseen)
+    known = elsewhere.trained_sites
+    unseen = {case.site for case in subject.cases if known is not None and case.site and case.site not in known}
+    own = score_sites(subject, subject.cases, trained_without="", unseen=unseen)
     return check_sites(subject, [*own, *elsewhere.left_out])
 
 
