@@ -144,6 +144,7 @@ def test_what_cannot_be_calibrated_is_refused(trained: tuple[Path, Path, Result]
         calibrations.run(result.run_id, tmp_path / "elsewhere", place, overrides=sets)
 
 
+@pytest.mark.slow
 def test_too_small_a_validation_split_trains_without_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # type: ignore[type-arg]
     radiograph_cohort(tmp_path / "cohort", 24)
     config = tiny_radiograph_config("train.epochs=1", "tracking.register_as=''")
@@ -154,6 +155,7 @@ def test_too_small_a_validation_split_trains_without_a_verdict(tmp_path: Path, c
     assert str(tmp_path) not in str(result.figures)
 
 
+@pytest.mark.slow
 def test_the_audit_stands_between_a_classifier_and_the_alias(trained: tuple[Path, Path, Result]) -> None:
     place, cohort_dir, result = trained
     with pytest.raises(UserError, match="sites \\(not audited\\)"):

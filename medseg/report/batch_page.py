@@ -178,7 +178,7 @@ def _table(rows: Sequence[Row], results: Results, drawn: set[str], total: int) -
         line = [_name(row, drawn), words(row["status"], tone=STATUS_TONES.get(row["status"], ""))]
         line += [words(result.get("predicted"))] if classes else []
         told = result.get("verdict") or {}
-        line += [words(told.get("call"), tone=VERDICT_TONES.get(told.get("call"), ""))] if judged else []
+        line += [words(told.get("call"), tone=VERDICT_TONES.get(str(told.get("call")), ""))] if judged else []
         line += [number(told.get("score"))] if judged else []
         line += [number(probs.get(name), 3) for name in classes] + [number(found.get(name), 2) for name in volumes]
         cells.append((*line, number(float(row["seconds"]) if row.get("seconds") else None, 1)))

@@ -1,6 +1,6 @@
 """The items of the audit that need no model: twins in the cohort, and what an image tells about its site."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from medseg.cohort import Case
 from medseg.data.preprocess import prepare
 from medseg.evaluate.audit import masks
-from medseg.evaluate.audit.item import Item, judged, missing
+from medseg.evaluate.audit.item import Item, figures_of, judged, missing
 from medseg.evaluate.audit.probe import name_unseen
 from medseg.evaluate.audit.subject import SEED, Subject
 from medseg.evaluate.statistics import Estimate, aucs, bootstrap_rows, wilson
@@ -73,15 +73,15 @@ def name_sites(subject: Subject) -> Item:
     for view, cut in VIEWS.items():
         cases = known if cut is None else usable
         found = _name(subject, cases, [sites.index(case.site) for case in cases], view, "site")
-        rows.append({"image": view, **_figures(found)})
-        if worst is None or found.value > worst[1].value:  # a NaN is never larger
+        rows.append({"image": view, **figures_of(found)})
+        if worst is None or np.isnan(worst[1].value) or found.value > worst[1].value:
             worst = (view, found)
     assert worst is not None
     view, found = worst
     sentence = f"From {_IMAGES[view]}, a small network names the site with an AUC of {found.value:.2f}."
     if np.isnan(found.value):
         sentence = "Some site has too few cases for a small network to learn it."
-    bare = not usable or any(np.isnan(row["auc"]) for row in rows)
+    bare = not usable or any(row["auc"] is None for row in rows)
     if bare and not np.isnan(found.value):
         sentence += " Without lung masks, masked images could not be tried."
     if reasons:
@@ -131,6 +131,9 @@ def _name(subject: Subject, cases: Sequence[Case], classes: Sequence[int], view:
 def mean_auc(probs: Array, index: NDArray[np.int64], strata: NDArray[np.bool_], weights: Array) -> Array:
     """Mean over strata (by their cases) of the mean AUC of each name against the rest, for each row of weights.
 
+    Where no stratum holds two names (each site has one class only), all cases are taken together: what gives the site
+    away and what gives the class away cannot be told apart then, which is the fault that is looked for.
+
     Args:
         probs: (n, K). index: (n,) the true name. strata: (n,). weights: (draws, n).
 
@@ -138,8 +141,10 @@ def mean_auc(probs: Array, index: NDArray[np.int64], strata: NDArray[np.bool_], 
         (draws,), NaN where a name is missing from a stratum that has it.
     """
     total, size = np.zeros(len(weights)), 0
-    for stratum in (False, True):
-        inside = strata == stratum
+    parts = [strata == stratum for stratum in (False, True)]
+    if all(len(set(index[inside].tolist())) < 2 for inside in parts):
+        parts = [np.ones(len(strata), dtype=bool)]
+    for inside in parts:
         names = sorted(set(index[inside].tolist()))
         if len(names) < 2:
             continue
@@ -165,10 +170,6 @@ def _small_images(subject: Subject, cases: Sequence[Case], cut: View | None) -> 
 
     with ThreadPoolExecutor(_READERS) as pool:
         return np.stack(list(pool.map(small, cases)))
-
-
-def _figures(found: Estimate) -> Mapping[str, Any]:
-    return {"auc": found.value, "ci_low": found.ci_low, "ci_high": found.ci_high, "n": found.n}
 
 
 def _across(one: Case, other: Case) -> str:

@@ -112,5 +112,11 @@ def missing(name: AuditItem, limit: float, better: Better, why: str, *, unit: st
     return Item(name, "not assessable", why, limit, better, unit=unit)
 
 
+def figures_of(found: Estimate) -> dict[str, Any]:
+    """An AUC as columns of a row of details; None where it is not defined."""
+    numbers = {"auc": found.value, "ci_low": found.ci_low, "ci_high": found.ci_high}
+    return {**{name: _or_none(value) for name, value in numbers.items()}, "n": found.n}
+
+
 def _or_none(number: float) -> float | None:
     return float(number) if math.isfinite(number) else None

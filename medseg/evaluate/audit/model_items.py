@@ -12,7 +12,7 @@ from medseg.cohort import Case
 from medseg.evaluate.audit import masks
 from medseg.evaluate.audit.borders import CHANGES
 from medseg.evaluate.audit.cohort_items import name_classes_without_lungs
-from medseg.evaluate.audit.item import Item, judged, missing
+from medseg.evaluate.audit.item import Item, figures_of, judged, missing
 from medseg.evaluate.audit.subject import SEED, Subject
 from medseg.evaluate.statistics import Estimate, aucs, bootstrap_rows, summarise
 from medseg.evaluate.subgroups import auc, read_groups, tabulate
@@ -88,8 +88,8 @@ def check_blacked_out(subject: Subject) -> Item:
     sample, _ = subject.with_lungs(subject.sample)
     probe = name_classes_without_lungs(subject, sample)
     rows = [
-        {"who": "this model, lungs blacked out", **_figures(model)},
-        {"who": "a small network trained on images with the lungs blacked out", **_figures(probe)},
+        {"who": "this model, lungs blacked out", **figures_of(model)},
+        {"who": "a small network trained on images with the lungs blacked out", **figures_of(probe)},
     ]
     found, who = (probe, "a small network trained on such images tells") if probe.value > model.value else (
         model, "the model still tells")  # fmt: skip
@@ -114,7 +114,7 @@ def check_masks(subject: Subject) -> Item:
     for name, probs in scores.items():
         area = auc(probs, truth, patients, seed=SEED)
         shift = float(np.abs(probs - scores["whole"]).mean())
-        rows.append({"mask": name, **_figures(area), "mean_change": shift})
+        rows.append({"mask": name, **figures_of(area), "mean_change": shift})
     lost = bootstrap_rows(
         lambda w: aucs(truth, scores["whole"], w) - aucs(truth, scores["dilated"], w), patients, seed=SEED
     )
@@ -182,7 +182,7 @@ def check_sites(subject: Subject, scores: Sequence[SiteScore]) -> Item:
     limit = config.min_site_auc
     rows = [
         {"trained": f"without {s.trained_without}" if s.trained_without else "this model", "site": s.site,
-         "unseen": "yes" if s.unseen else "no", **_figures(s.auc), "sensitivity": s.sensitivity.value,
+         "unseen": "yes" if s.unseen else "no", **figures_of(s.auc), "sensitivity": s.sensitivity.value,
          "specificity": s.specificity.value}
         for s in scores
     ]  # fmt: skip
@@ -239,11 +239,7 @@ def _enough(truth: NDArray[np.bool_], least: int) -> bool:
     return min(int(truth.sum()), int((~truth).sum())) >= least
 
 
-def _figures(found: Estimate) -> dict[str, Any]:
-    return {"auc": found.value, "ci_low": found.ci_low, "ci_high": found.ci_high, "n": found.n}
-
-
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {"group": f"{row['factor']} {row['group']}", **_figures(Estimate(**row["auc"]))}
+    flat = {"group": f"{row['factor']} {row['group']}", **figures_of(Estimate(**row["auc"]))}
     flat |= {name: row[name]["value"] for name in ("sensitivity", "specificity")}
     return {**flat, "n_positive": row["n_positive"]}

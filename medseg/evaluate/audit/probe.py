@@ -55,7 +55,7 @@ def name_unseen(
         patients: (n,); folds hold whole patients, dealt within the class of their first image.
 
     Raises:
-        ValueError: a class has fewer patients than there are folds.
+        ValueError: a class has too few patients for the folds.
     """
     fold = deal_folds(classes, patients, folds, seed)
     probs = np.zeros((len(images), int(classes.max()) + 1))
@@ -72,19 +72,25 @@ def name_unseen(
 
 
 def deal_folds(classes: NDArray[np.int64], patients: Sequence[str], folds: int, seed: int) -> NDArray[np.int64]:
-    """The fold of each image: whole patients, every class spread evenly. Raises ValueError for too small a class."""
+    """The fold of each image: whole patients, spread evenly within the class of their first image.
+
+    Raises:
+        ValueError: without some fold, a class has no image left to learn from.
+    """
     first: dict[str, int] = {}
     for patient, value in zip(patients, classes.tolist(), strict=True):
         first.setdefault(patient, value)
     rng = np.random.default_rng(seed)
     fold_of: dict[str, int] = {}
-    for value in sorted(set(classes.tolist())):
+    for value in sorted(set(first.values())):
         members = sorted(patient for patient, owner in first.items() if owner == value)
-        if len(members) < folds:
-            raise ValueError(f"a class has {len(members)} patients, fewer than the {folds} folds.")
         for place, index in enumerate(rng.permutation(len(members))):
-            fold_of[members[index]] = place % folds
-    return np.array([fold_of[patient] for patient in patients])
+            fold_of[members[index]] = (place + value) % folds
+    dealt = np.array([fold_of[patient] for patient in patients])
+    for number in range(folds):
+        if set(classes[dealt != number].tolist()) != set(classes.tolist()) or number not in dealt:
+            raise ValueError(f"too few patients of some class for {folds} folds.")
+    return dealt
 
 
 def _train(
