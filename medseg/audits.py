@@ -64,7 +64,9 @@ def run(
         {name: float(value) for name, value in result.figures.items() if isinstance(value, (int, float))}
     )
     tracker.set_tag(f"medseg.audit.{split}", str(result.figures["audit"]))
-    record_audit(bundle.sha256, _record(read_json(result.paths["audit"])), folder.workspace, bundle.config.tracking)
+    record_audit(
+        bundle.sha256, _record(read_json(result.paths["audit_json"])), folder.workspace, bundle.config.tracking
+    )
     return replace(result, run_id=folder.id)
 
 

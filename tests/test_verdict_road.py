@@ -162,7 +162,7 @@ def test_the_audit_stands_between_a_classifier_and_the_alias(trained: tuple[Path
         shelf.promote_model(result.run_id, "champion", place)
     assert shelf.promote_model(result.run_id, "trial", place).figures["alias"] == "trial"
     made = road.evaluate(result.run_id, cohort_dir, place, audit=True, overrides=["audit.leave_one_site_out=true"])
-    audit = read_json(made.paths["audit"])
+    audit = read_json(made.paths["audit_json"])
     states = {item["name"]: item["status"] for item in audit["items"]}
     assert states["lungs_blacked_out"] == states["masks"] == "not assessable"
     assert made.figures["audit"] == audit["status"] != "pass"

@@ -161,7 +161,7 @@ def test_a_site_left_out_is_what_counts(clean: Cohort) -> None:
     other = [replace(own[0], trained_without="a", unseen=True, auc=bad), replace(own[1], trained_without="a", auc=bad)]
     left = model_items.check_sites(subject, [*own, *other])
     assert (left.status, left.value) == ("fail", 0.55)
-    assert "a, which it was not trained on" in left.sentence
+    assert "at a, for the same recipe trained without it" in left.sentence
     good = replace(other[0], auc=Estimate(0.9, 0.85, 0.95, 48))
     assert model_items.check_sites(subject, [*own, good, other[1]]).status == "pass", "at home it is not asked"
     few = [replace(score, n_positive=3) for score in own]

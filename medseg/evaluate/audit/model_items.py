@@ -199,7 +199,8 @@ def check_sites(subject: Subject, scores: Sequence[SiteScore]) -> Item:
         why = f"No site has {config.min_group} cases of each class."
         return replace(missing("sites", limit, "above", why, unit=unit), details=rows)
     lowest = min(asked, key=lambda s: s.auc.value)
-    where = f"{lowest.site}, which it was not trained on" if lowest.unseen else lowest.site
+    how = "for the same recipe trained without it" if lowest.trained_without else "which it was not trained on"
+    where = f"{lowest.site}, {how}" if lowest.unseen else lowest.site
     sentence = f"The lowest AUC is {lowest.auc.value:.2f}, at {where}."
     if not unseen:
         sentence += (

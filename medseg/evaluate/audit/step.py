@@ -75,7 +75,7 @@ def run(subject: Subject, out: Path, *, split: str, bundle_facts: Mapping[str, A
         "lung_masks": subject.find_lungs is not None,
         "seconds": round(time.monotonic() - started, 1),
     }
-    paths = {"audit": write_json(out / "audit.json", tree)}
+    paths = {"audit_json": write_json(out / "audit.json", tree)}
     figures: dict[str, object] = {"audit": status}
     for wanted in ("pass", "fail", "not assessable"):
         figures[f"audit_items_{wanted.replace(' ', '_')}"] = sum(item.status == wanted for item in items)
