@@ -66,6 +66,7 @@ OFFERS = (
         "0 21 * * *",
         1,
     ),
+    _Offer(steps.explain_flow, {"model": _MODEL, "scans": ["incoming"], "out": "predictions/incoming"}, at_once=1),
     _Offer(watch_pacs.watch_pacs_flow, {"model": _MODEL, "url": _PACS, "out": "predictions/pacs"}, "*/5 * * * *", 1),
     _Offer(steps.report_flow, {"target": "predictions/incoming"}),
     _Offer(road.road_flow, {"sources": ["incoming"], "config": "hippocampus", "cohort": _COHORT}, at_once=1),

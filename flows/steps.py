@@ -1,7 +1,8 @@
 """One flow for each step of the road.
 
 Parameters are paths, names and small values; a relative path is taken from the current folder, which under a worker
-is the workspace. Prefect stores parameters as they are given: a folder named in them should not carry a patient's name.
+is the workspace. Prefect stores parameters as they are given: where the path of a scan may name a patient, give
+`@FILE`, a text file with one source a line.
 
 Reading scans and predicting are tried again after a failure and go on where they stopped. Training is not: a flow run
 that Prefect starts again, by hand or after a crash, goes on with its run from the last checkpoint.
@@ -169,6 +170,24 @@ def predict_flow(
         return road.predict(model, scans, Path(out), place, run_id=identity, tags=tags)
 
     return leave_artifacts(call_step("predict", place, step, restartable=True, gpu=True), place)
+
+
+@flow(name="medseg-explain", flow_run_name=name_by_step, **FLOW_OPTIONS)
+def explain_flow(model: str, scans: list[str], out: str, workspace: str | None = None) -> Result:
+    """Make the activation maps that a prediction folder lacks; run again, it goes on.
+
+    Args:
+        model: bundle folder, run id, or `models:/NAME@ALIAS`.
+        scans: what was predicted.
+        out: the folder that `medseg-predict` wrote.
+        workspace: by default `MEDSEG_WORKSPACE`.
+    """
+    place = workspace_folder(workspace)
+
+    def step() -> Result:
+        return road.explain(model, scans, Path(out), place)
+
+    return leave_artifacts(call_step("explain", place, step, restartable=True, gpu=True), place)
 
 
 @flow(name="medseg-report", flow_run_name=name_by_step, **FLOW_OPTIONS)

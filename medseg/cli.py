@@ -46,7 +46,9 @@ Split = Annotated[Literal["train", "val", "test"], typer.Option(help="Which case
 
 @app.command()
 def ingest(
-    source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders, files, zips of scans.")],
+    source: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Folders, files, zips, or @FILE, a list of them.")
+    ],
     cohort: CohortDir,
     labels: Annotated[Path | None, typer.Option(help="Folder of label maps, or a CSV table.")] = None,
     config: Annotated[str | None, typer.Option(help="Task whose labels are checked: path or name.")] = None,

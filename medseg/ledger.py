@@ -85,7 +85,7 @@ class Ledger:
 
     def write(self) -> Path:
         """Write the table now."""
-        write_rows(self.path, _COLUMNS, (asdict(row) for row in self.rows))
+        write_ledger(self.path, self.rows)
         self._written = time.monotonic()
         return self.path
 
@@ -98,6 +98,11 @@ def count_statuses(rows: Iterable[Row]) -> dict[str, int]:
     """Number of rows by status, every status named."""
     found = Counter(row.status for row in rows)
     return {status: found[status] for status in get_args(Status)}
+
+
+def write_ledger(path: Path, rows: Iterable[Row]) -> Path:
+    """Write rows as `ledger.csv`, atomically."""
+    return write_rows(path, _COLUMNS, (asdict(row) for row in rows))
 
 
 def read_ledger(path: Path) -> tuple[Row, ...]:

@@ -16,6 +16,8 @@ from medseg.result import Result
 from medseg.runs import RunFolder, create_run, find_run
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from medseg.bundle import Bundle
     from medseg.cohort import Cohort
     from medseg.plan import Plan
@@ -49,7 +51,8 @@ def ingest(
     with _at_hand(sources, workspace) as scans:
         result = step.run(settings, scans, cohort_dir, labels=labels, key=key, lookup=lookup)
     page = report_step.run(settings.report, cohort_dir)
-    return Result("ingest", result.status, {**result.paths, **page.paths}, result.figures)
+    paths = {**result.paths, **page.paths} | ({"true_names": lookup} if lookup.is_file() else {})
+    return Result("ingest", result.status, paths, result.figures)
 
 
 def plan(config: Config, cohort_dir: Path) -> Result:
@@ -197,9 +200,25 @@ def predict(
         with track(folder, config.tracking, tags={"medseg.step": "predict", **(tags or {})}, resume=again) as tracker:
             result = _predict(bundle, given, out, workspace)
             tracker.log_metrics(_numbers(result), step=0)
-            for name in ("ledger", "summary"):
-                tracker.log_artifact(result.paths[name])
+            tracker.log_artifact(_nameless_ledger(result.paths["ledger"], folder.path, workspace, is_cohort))
+            tracker.log_artifact(result.paths["summary"])
     return Result("predict", result.status, {**result.paths, "run": folder.path}, result.figures, folder.id)
+
+
+def explain(model: str, scans: Sequence[str], out: Path, workspace: Path) -> Result:
+    """Make the activation maps of a prediction folder that lacks them, or lacks some.
+
+    Args:
+        scans: what `predict` was given.
+        out: the folder that `predict` wrote.
+    """
+    from medseg.cohort import read_cohort
+    from medseg.predict import Predictor
+
+    bundle = _bundle(model, workspace)
+    with _at_hand(scans, workspace) as paths:
+        is_cohort = len(paths) == 1 and (paths[0] / "cohort.json").is_file()
+        return _explain(bundle, Predictor(bundle).net, read_cohort(paths[0]) if is_cohort else paths, out)
 
 
 def store(out: Path, url: str) -> Result:
@@ -236,25 +255,14 @@ def _predict(
     bundle: "Bundle", scans: "Cohort | Sequence[Path]", out: Path, workspace: Path, split: str | None = None
 ) -> Result:
     """Masks, then activation maps, with the network loaded once; `partial` when either lacks a case."""
-    from medseg.explain import step as explain_step
     from medseg.predict import Predictor
     from medseg.predict import step as predict_step
 
     predictor = Predictor(bundle)
     result = predict_step.run(bundle, scans, out, split=split, workspace=workspace, predictor=predictor)
-    settings = bundle.config.explain
-    if not settings.max_cases:
+    if not bundle.config.explain.max_cases:
         return result
-    maps = explain_step.run(
-        settings,
-        predictor.net,
-        bundle.plan,
-        bundle.labels,
-        scans,
-        split,
-        predictions=out,
-        ingest=bundle.config.ingest,
-    )
+    maps = _explain(bundle, predictor.net, scans, out, split)
     partial = "partial" in (result.status, maps.status)
     return replace(result, status="partial" if partial else "done", paths={**result.paths, **maps.paths})
 
@@ -265,6 +273,32 @@ def _audit(
     from medseg import audits
 
     return audits.run(bundle, cohort, folder, tracker, split=split, overrides=overrides)
+
+
+def _explain(
+    bundle: "Bundle", net: "nn.Module", scans: "Cohort | Sequence[Path]", out: Path, split: str | None = None
+) -> Result:
+    from medseg.explain import step
+
+    config = bundle.config
+    return step.run(
+        config.explain, net, bundle.plan, bundle.labels, scans, split, predictions=out, ingest=config.ingest
+    )
+
+
+def _nameless_ledger(ledger: Path, run_folder: Path, workspace: Path, is_cohort: bool) -> Path:
+    """The ledger as MLflow may have it: names of files, which may name patients, stay in the prediction folder."""
+    from medseg.ingest.pseudonyms import is_pseudonym, load_key, pseudonym
+    from medseg.ledger import read_ledger, write_ledger
+
+    rows = read_ledger(ledger)
+    if not is_cohort:
+        key = load_key(workspace / "pseudonym.key")
+        rows = tuple(
+            row if is_pseudonym(row.case_id) else replace(row, case_id=pseudonym(key, "case", row.case_id))
+            for row in rows
+        )
+    return write_ledger(run_folder / "ledger.csv", rows)
 
 
 def _plan_folder(config: Config, cohort: "Cohort") -> Path:
@@ -328,6 +362,18 @@ def _log_evaluation(tracker: "Tracker", result: Result, page: Result, out: Path,
         tracker.log_artifact(out.parent.parent / "audit", "audit")
 
 
+def _listed(source: str) -> list[str]:
+    if not source.startswith("@"):
+        return [source]
+    try:
+        lines = Path(source[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the list {source[1:]} cannot be read ({error}); give a UTF-8 text file.") from error
+    if not (listed := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"the list {source[1:]} is empty; write one folder, file or address a line.")
+    return listed
+
+
 def _numbers(result: Result) -> dict[str, float]:
     return {
         name: float(value)
@@ -338,10 +384,14 @@ def _numbers(result: Result) -> dict[str, float]:
 
 @contextmanager
 def _at_hand(sources: Sequence[str], workspace: Path) -> Iterator[list[Path]]:
-    """The sources as paths. What an address asks for is fetched first, and removed once it has been used."""
+    """The sources as paths. What an address asks for is fetched first, and removed once it has been used.
+
+    `@FILE` stands for the sources that the lines of a text file name, which so stay out of Prefect's parameters.
+    """
     from medseg.ingest import pacs
     from medseg.ingest.pseudonyms import load_key
 
+    sources = [source for given in sources for source in _listed(given)]
     asked = [source for source in sources if pacs.is_address(source)]
     paths = {source: Path(source) for source in sources if source not in asked}
     for path in paths.values():

@@ -27,6 +27,13 @@ def test_shipped_configs_load_and_survive_a_round_trip(name: str) -> None:
         ("model.name=vnet", "model"),
         ("task.labels={a: 1, b: 3}", "label values"),
         ("model={name: densenet}", "model.name"),
+        (
+            "plan.patch_size=[20, 16, 16]",
+            r"patch_size: \(20, 16, 16\) does not fit dynunet.*set it to \(24, 16, 16\)",
+        ),
+        ("plan.patch_size=[8, 8, 8]", r"more than one position at the bottom; set it to \(16, 8, 8\)"),
+        ("model={name: dynunet, strides: [[2, 2], 2, 2]}", "task.spatial_dims: .*needs 3 numbers in each list"),
+        ("model={name: dynunet, kernels: [3, 2, 3, 3]}", "odd"),
         ("seed", "field.path=value"),
         ("name.first=x", "is a value"),
         ("tasks.kind=x", "tasks is not a known field"),
@@ -38,8 +45,8 @@ def test_mistakes_are_named(override: str, field: str) -> None:
 
 
 def test_overrides_reach_the_tree() -> None:
-    config = load_config("hippocampus", ["train.epochs=3", "plan.patch_size=[8, 8, 8]", "predict.overlap=0.25"])
-    assert (config.train.epochs, config.plan.patch_size, config.predict.overlap) == (3, (8, 8, 8), 0.25)
+    config = load_config("hippocampus", ["train.epochs=3", "plan.patch_size=[16, 8, 8]", "predict.overlap=0.25"])
+    assert (config.train.epochs, config.plan.patch_size, config.predict.overlap) == (3, (16, 8, 8), 0.25)
 
 
 def test_config_is_frozen() -> None:

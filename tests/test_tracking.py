@@ -386,15 +386,11 @@ def test_mlflow_loads_the_model_through_its_loader(
     run = create_run(workspace, "echo")
     with track(run, QUIET) as tracker:
         tracker.log_bundle(make_bundle(run.path / "bundle", 3.0), "echo")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(tracking_uri(workspace, QUIET))
-    try:
-        model = mlflow.pyfunc.load_model("models:/echo/1")
-        import pandas as pd
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(workspace, QUIET))
+    model = mlflow.pyfunc.load_model("models:/echo/1")
+    import pandas as pd
 
-        assert model.predict(pd.DataFrame({"path": ["scan.nii.gz"]})) == ["scan.nii.gz: 12.0"]
-    finally:
-        mlflow.set_tracking_uri(before)
+    assert model.predict(pd.DataFrame({"path": ["scan.nii.gz"]})) == ["scan.nii.gz: 12.0"]
 
 
 def test_an_alias_points_at_one_version(workspace: Path, trained: tuple[RunFolder, Tracker, Path]) -> None:

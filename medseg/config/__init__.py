@@ -4,14 +4,35 @@ YAML is data only: at most one `extends:` (a sibling file, or a name in configs/
 `--set a.b=c` is the only override. An unknown key or a wrong value fails at load with the field's path.
 """
 
+from medseg.config.classifiers import (
+    DenseNetConfig,
+    InceptionConfig,
+    MobileNetConfig,
+    ResNetConfig,
+    SqueezeNetConfig,
+    VGGConfig,
+)
 from medseg.config.fields import Strict
 from medseg.config.ingest import FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
-from medseg.config.models import DenseNetConfig, DynUNetConfig, ModelConfig, SegResNetConfig, UNetConfig, UNetPPConfig
+from medseg.config.models import (
+    AttentionUNetConfig,
+    DynUNetConfig,
+    MedNeXtConfig,
+    ModelConfig,
+    SegResNetConfig,
+    SwinUNETRConfig,
+    UNetConfig,
+    UNetPPConfig,
+)
+from medseg.config.network import NetworkConfig
 from medseg.config.results import (
     CodeConfig,
+    ExplainChecksConfig,
     ExplainConfig,
     ExportConfig,
+    MethodConfig,
+    MethodName,
     PredictConfig,
     ReportConfig,
     SegmentConfig,
@@ -22,6 +43,7 @@ from medseg.config.tree import Config, TaskConfig
 from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
+    "AttentionUNetConfig",
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
@@ -31,25 +53,36 @@ __all__ = [
     "DenseNetConfig",
     "DiceCEConfig",
     "DynUNetConfig",
+    "ExplainChecksConfig",
     "ExplainConfig",
     "ExportConfig",
     "FindingCode",
+    "InceptionConfig",
     "IngestConfig",
     "LossConfig",
+    "MedNeXtConfig",
+    "MethodConfig",
+    "MethodName",
+    "MobileNetConfig",
     "ModelConfig",
+    "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
     "ReportConfig",
+    "ResNetConfig",
     "SegResNetConfig",
     "SegmentConfig",
     "SplitConfig",
+    "SqueezeNetConfig",
     "Strict",
+    "SwinUNETRConfig",
     "TableConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
     "UNetConfig",
     "UNetPPConfig",
+    "VGGConfig",
     "VerdictConfig",
     "apply_override",
     "dump_config",

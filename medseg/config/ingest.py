@@ -50,9 +50,9 @@ class IngestConfig(Strict):
     `refuse` lists the findings that keep a scan out; all others travel with the case. `radiograph_window` applies
     the VOI look-up table or window of DICOM radiographs instead of keeping every level the detector stored.
 
-    `names` says what becomes of the names of NIfTI, PNG and JPEG files: `keyed` replaces them, as those of DICOM
-    always are; `kept` keeps them; `auto` replaces them where DICOM is among the sources. `dates` of examinations are
-    shifted, by one number of days for all of a patient, or dropped.
+    `names` says what becomes of the names of NIfTI, PNG and JPEG files, and of sites in a table: `keyed` replaces them
+    by pseudonyms, as those of DICOM always are; `kept` states that they identify no one, as in a public dataset.
+    `dates` of examinations are shifted, by one number of days for all of a patient, or dropped.
     """
 
     modality: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class IngestConfig(Strict):
     simulated: bool = False
     refuse: tuple[FindingCode, ...] = ("not_frontal_chest", "not_hounsfield", "implausible_extent", "form_mirrored")
     radiograph_window: Literal["none", "voi"] = "none"
-    names: Literal["auto", "kept", "keyed"] = "auto"
+    names: Literal["keyed", "kept"] = "keyed"
     dates: Literal["shift", "drop"] = "shift"
     split: SplitConfig = SplitConfig()
 

@@ -6,6 +6,18 @@ from pydantic import ConfigDict, Field
 
 from medseg.config.fields import Count, Strict
 
+MethodName = Literal[
+    "gradcam",
+    "gradcampp",
+    "hirescam",
+    "layercam",
+    "eigencam",
+    "scorecam",
+    "fullgrad",
+    "occlusion",
+    "gradients",
+]
+
 
 class PredictConfig(Strict):
     """Inference. `overlap` of neighbouring windows; `mirror` averages over flips along the given axes."""
@@ -15,13 +27,64 @@ class PredictConfig(Strict):
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
 
 
-class ExplainConfig(Strict):
-    """Activation maps: method, layer (`bottleneck`, `last` or a module's dotted name) and for how many cases."""
+class MethodConfig(Strict):
+    """Settings of single explanation methods.
 
-    method: Literal["gradcam", "hirescam", "layercam", "gradients"] = "gradcam"
+    `score_channels`: Score-CAM takes this many channels, those with the largest variance; one forward pass each.
+    `occlusion_window`: side of the covered window as a share of the image's; `batch_size`: of perturbed copies.
+    """
+
+    score_channels: Count = 64
+    occlusion_window: Annotated[float, Field(gt=0, le=1)] = 0.2
+    batch_size: Count = 16
+
+
+class ExplainChecksConfig(Strict):
+    """The pass mark of an explanation: one threshold per check (null switches it off), and how it is measured.
+
+    `energy`: least share of the map inside the region, which is dilated by `dilate_px` of the network's grid.
+    `deletion`, `insertion`: least gain over random maps of the same coarseness, as area between the curves of the
+    probability. `road`: least (LeRF - MoRF) / 2 of the probability. `randomisation`: largest rank correlation that
+    may remain when all weights are drawn anew. `stability`: least correlation after shifts of `shift_px`.
+    `agreement`: least rank correlation with the map of `agreement_with`.
+
+    `steps`: points of each curve; `random_maps`: how many they are held against; `stages`: of the randomisation.
+    A batch item of more than `max_voxels` is not perturbed (no deletion, insertion and ROAD): that would take hours.
+    """
+
+    energy: Annotated[float, Field(ge=0, le=1)] | None = 0.5
+    deletion: Annotated[float, Field(ge=-1, le=1)] | None = 0.0
+    insertion: Annotated[float, Field(ge=-1, le=1)] | None = 0.0
+    road: Annotated[float, Field(ge=-1, le=1)] | None = 0.0
+    randomisation: Annotated[float, Field(ge=0, le=1)] | None = 0.5
+    stability: Annotated[float, Field(ge=-1, le=1)] | None = 0.7
+    agreement: Annotated[float, Field(ge=-1, le=1)] | None = 0.2
+    dilate_px: Annotated[int, Field(ge=0)] = 4
+    steps: Annotated[int, Field(ge=2)] = 4
+    random_maps: Count = 2
+    stages: Count = 2
+    shift_px: Count = 2
+    agreement_with: MethodName = "fullgrad"
+    max_voxels: Count = 500_000
+    seed: int = 0
+
+
+class ExplainConfig(Strict):
+    """Activation maps: method, layer (`bottleneck`, `last` or a module's dotted name) and for how many cases.
+
+    `cases` says which: the `first` by id, a `random` choice (the same for the same seed of the checks), or for
+    classifiers the most `doubtful` (lowest probability of the predicted class). `on_failure`: a map that fails a
+    check is shown with the failure named, or withheld (not written).
+    """
+
+    method: MethodName = "gradcam"
     layer: str = "last"
     target: str | None = None
     max_cases: Annotated[int, Field(ge=0)] = 20
+    cases: Literal["first", "random", "doubtful"] = "first"
+    methods: MethodConfig = MethodConfig()
+    checks: ExplainChecksConfig = ExplainChecksConfig()
+    on_failure: Literal["show", "withhold"] = "show"
 
 
 class ReportConfig(Strict):

@@ -57,9 +57,10 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
-        classifier = self.model.name == "densenet"
+        classifier = self.model.classifies
         if classifier != (self.task.kind == "classification"):
             raise ValueError(f"model.name {self.model.name!r} does not fit task.kind {self.task.kind!r}")
+        self._check_sizes()
         if classifier != (self.loss.name == "cross_entropy"):
             raise ValueError(f"loss.name {self.loss.name!r} does not fit task.kind {self.task.kind!r}")
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
@@ -68,3 +69,16 @@ class Config(Strict):
         if self.verdict.positive is not None and self.verdict.positive not in self.task.labels:
             raise ValueError(f"verdict.positive {self.verdict.positive!r} is none of task.labels")
         return self
+
+    def _check_sizes(self) -> None:
+        model, plan, dims = self.model, self.plan, self.task.spatial_dims
+        _refuse("task.spatial_dims", model.dims_problem(dims))
+        if plan.patch_size is not None and len(plan.patch_size) == dims == 3:
+            _refuse("plan.patch_size", model.size_problem(plan.patch_size))
+        if plan.size_px is not None and dims == 2:
+            _refuse("plan.size_px", model.size_problem((plan.size_px, plan.size_px)))
+
+
+def _refuse(field: str, problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(f"{field}: {problem}")

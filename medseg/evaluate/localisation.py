@@ -21,7 +21,8 @@ def locate(outcome: Outcome, predictions: Path, lesions: Path) -> dict[str, floa
     Returns:
         `energy_in_mask`: share of the map's positive values inside the mask; `mask_share`: the mask's share of the
         image, which a map without knowledge would reach; `pointing_hit`; `evidence`: 1 when the map has a positive
-        value, else 0. Nothing when the case has no lesion, no map, or a map that explains another class than its own.
+        value, else 0. Nothing when the case has no lesion, no map or a withheld one, or a map of another
+        class than its own.
 
     Raises:
         UserError: a mask or a map cannot be read, or their shapes differ.
@@ -33,7 +34,7 @@ def locate(outcome: Outcome, predictions: Path, lesions: Path) -> dict[str, floa
         return {}
     mask = read_image(mask_path).array.astype(bool)
     explained = read_json(folder / "explanation.json")
-    if not mask.any() or (outcome.target and explained.get("target") != outcome.target):
+    if explained.get("withheld") or not mask.any() or (outcome.target and explained.get("target") != outcome.target):
         return {}
     activation = read_map(folder)
     if activation.shape != mask.shape:

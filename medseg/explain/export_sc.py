@@ -84,7 +84,8 @@ def caption(about: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     prob = (result.get("probs") or {}).get(target)
     shown = f"'{target}'" if prob is None else f"'{target}' (probability {prob:.2f})"
     scale = f"black 0 to yellow {about['raw_max']:.3g}" if about["evidence"] else "no evidence: the map is empty"
-    return f"medseg {result['bundle'].get('name', '')}: {about['method']} for {shown}, {scale}. Research only."
+    checks = f" Failed checks: {', '.join(about['failed_checks'])}." if about.get("failed_checks") else ""
+    return f"medseg {result['bundle'].get('name', '')}: {about['method']} for {shown}, {scale}.{checks} Research only."
 
 
 def draw_overlay(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from medseg.config import MethodConfig
 from medseg.explain.hooks import captured, first_output
 from medseg.explain.targets import Score
 from medseg.files import UserError
@@ -17,6 +18,20 @@ from medseg.files import UserError
 def gradcam(A_BCDHW: Tensor, g_BCDHW: Tensor) -> Tensor:
     """ReLU(sum_c mean_p(g_c) A_c) (Selvaraju et al. 2017, eq. 1 and 2)."""
     weights = g_BCDHW.flatten(2).mean(2).view(*g_BCDHW.shape[:2], *[1] * (g_BCDHW.ndim - 2))
+    return (weights * A_BCDHW).sum(1).relu()
+
+
+def gradcampp(A_BCDHW: Tensor, g_BCDHW: Tensor) -> Tensor:
+    """ReLU(sum_c w_c A_c), w_c = sum_p alpha_cp ReLU(g_cp) (Chattopadhay et al. 2018, eq. 7 and 19).
+
+    alpha_cp = g^2 / (2 g^2 + (sum_q A_cq) g^3) = 1 / (2 + (sum_q A_cq) g): with g^2 cancelled no epsilon is needed,
+    and small gradients keep their weight. The factor exp(S) of the paper is one number per sample and is left out.
+    Where the denominator vanishes, which takes activations below 0, alpha is 0.
+    """
+    axes = tuple(range(2, A_BCDHW.ndim))
+    denominator = 2 + A_BCDHW.sum(axes, keepdim=True) * g_BCDHW
+    alpha = torch.where(denominator.abs() > 1e-6, 1 / denominator, torch.zeros_like(denominator))
+    weights = (alpha * g_BCDHW.relu()).sum(axes, keepdim=True)
     return (weights * A_BCDHW).sum(1).relu()
 
 
@@ -33,40 +48,57 @@ def layercam(A_BCDHW: Tensor, g_BCDHW: Tensor) -> Tensor:
     return (g_BCDHW.relu() * A_BCDHW).sum(1).relu()
 
 
-def from_layer(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Score, str], Tensor]:
+def from_layer(
+    combine: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[nn.Module, Tensor, Score, str, MethodConfig], Tensor]:
     """Make an explainer of a function of activations and gradients.
 
     Returns:
-        Function (net, x_BCDHW, score, layer) -> map of the layer's size; `net` must be frozen.
+        Function (net, x_BCDHW, score, layer, config) -> map of the layer's size; `net` must be frozen.
     """
 
-    def explain_layer(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: str) -> Tensor:
-        with captured(net, layer) as activation:
-            scores = score(first_output(net(_leaf(x_BCDHW).clone())))
-        A_BCDHW = activation.value
-        if A_BCDHW is None:
-            raise UserError(f"explain.layer {layer!r} did not run for this input; choose another.")
-        if A_BCDHW.ndim != x_BCDHW.ndim:
-            shape = tuple(A_BCDHW.shape)
-            raise UserError(f"explain.layer {layer!r} puts out shape {shape}, which has no place in the image.")
-        return combine(A_BCDHW.detach(), _gradient(scores, A_BCDHW, layer))
+    def explain_layer(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: str, config: MethodConfig) -> Tensor:
+        return combine(*activation_and_gradient(net, x_BCDHW, score, layer))
 
     return explain_layer
 
 
-def input_gradient(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: str) -> Tensor:
+def activation_and_gradient(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: str) -> tuple[Tensor, Tensor]:
+    """A_BCDHW and g_BCDHW of a layer; `net` must be frozen.
+
+    Raises:
+        UserError: the layer did not run, has no place in the image, or does not lead to the score.
+    """
+    with captured(net, layer) as activation:
+        scores = score(first_output(net(leaf_of(x_BCDHW).clone())))
+    A_BCDHW = placed(activation.value, x_BCDHW, layer)
+    return A_BCDHW.detach(), gradient_of(scores, A_BCDHW, layer)
+
+
+def placed(A_BCDHW: Tensor | None, x_BCDHW: Tensor, layer: str) -> Tensor:
+    """The captured activation, which must be there and have spatial axes; else UserError."""
+    if A_BCDHW is None:
+        raise UserError(f"explain.layer {layer!r} did not run for this input; choose another.")
+    if A_BCDHW.ndim != x_BCDHW.ndim:
+        shape = tuple(A_BCDHW.shape)
+        raise UserError(f"explain.layer {layer!r} puts out shape {shape}, which has no place in the image.")
+    return A_BCDHW
+
+
+def input_gradient(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: str, config: MethodConfig) -> Tensor:
     """max_c |dS/dx_c| (Simonyan et al. 2013, section 3.1); the layer plays no part."""
-    leaf = _leaf(x_BCDHW)
+    leaf = leaf_of(x_BCDHW)
     # a copy goes in: a network that changes its input in place must not change the leaf
     scores = score(first_output(net(leaf.clone())))
-    return _gradient(scores, leaf, "input").abs().amax(1)
+    return gradient_of(scores, leaf, "input").abs().amax(1)
 
 
-def _leaf(x_BCDHW: Tensor) -> Tensor:
+def leaf_of(x_BCDHW: Tensor) -> Tensor:
+    """A copy of the image at which gradients can be taken."""
     return x_BCDHW.detach().clone().requires_grad_()
 
 
-def _gradient(scores: Tensor, at: Tensor, name: str) -> Tensor:
+def gradient_of(scores: Tensor, at: Tensor, name: str) -> Tensor:
     """d(score of sample b)/d(at of sample b): in evaluation mode samples do not mix, so the sum's gradient holds it."""
     found = torch.autograd.grad(scores.sum(), at, allow_unused=True)[0] if at.requires_grad else None
     if found is None:

@@ -1,5 +1,6 @@
-"""The step `explain`: a prediction folder in, one activation map per case out."""
+"""The step `explain`: a prediction folder in, one activation map per case out, each with its pass mark."""
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,21 +16,24 @@ from torch import nn
 from medseg.cohort import Cohort
 from medseg.config import ExplainConfig, IngestConfig
 from medseg.data.preprocess import Prepared, prepare
-from medseg.explain import explain
-from medseg.explain.export_sc import OVERLAY, write_sc
+from medseg.explain import LAYERLESS, explain_score, passmark, summary
+from medseg.explain.export_sc import OVERLAY
 from medseg.explain.hooks import frozen, logits_and_layer
+from medseg.explain.outputs import MAPS, restore_map, write_map, write_overlay
+from medseg.explain.passmark import Explained
+from medseg.explain.perturb import Probe
 from medseg.explain.scans import Scans
+from medseg.explain.targets import make_score
 from medseg.explain.window import choose_window, cut, paste
-from medseg.files import UserError, read_json, replacing, write_json, write_rows
-from medseg.images import read_image, write_nifti
-from medseg.ingest.dicom_derived import why_not
-from medseg.metrics import energy_in_mask
+from medseg.files import UserError, read_json, write_json, write_rows
+from medseg.images import read_image
 from medseg.plan import Plan
 from medseg.progress import progress
 from medseg.result import Result
-from medseg.volume import Volume, from_canonical, resample, to_canonical
+from medseg.volume import Volume
 
-COLUMNS = ("case_id", "status", "reason", "method", "layer", "target", "raw_max", "evidence")
+ABOUT = ("method", "layer", "target", "raw_max", "evidence", "passed", "withheld")
+COLUMNS = ("case_id", "status", "reason", *ABOUT, "failed_checks")
 
 
 def run(
@@ -42,46 +46,84 @@ def run(
     *,
     predictions: Path,
     ingest: IngestConfig | None = None,
+    regions: Path | None = None,
 ) -> Result:
-    """Write `<predictions>/<case_id>/explanation/` for the first `config.max_cases` usable cases.
+    """Write `<predictions>/<case_id>/explanation/` for `config.max_cases` usable cases, chosen by `config.cases`.
 
     The map is that of the predicted class (classification) or of the largest predicted label (segmentation), or of
     `config.target`, brought linearly to the scan's own grid: `map.npy` (row, column) for radiographs, `map.nii.gz`
     for volumes, float32, raw. A radiograph that came as DICOM also gets `overlay.dcm`, for the PACS.
-    `explanation.json` is written last; run again, cases that have it are not redone.
+    `explanation.json` says what was found and which checks the map passed, and is written last; run again, cases that
+    have it are not redone. `<predictions>/explanation.json` has the share of cases that pass each check.
 
     Args:
         net: logits for images as `plan` prepares them.
         labels: name to value.
         scans: what the predictions were made from. split: of the cohort; None takes every case.
         predictions: folder that `predict` wrote. ingest: how it read the scans.
+        regions: folder of `<case_id>.png` or `.nii.gz` masks on the scans' own grid where evidence should be, such as
+            the lungs; by default the predicted region of a segmentation, and for a classifier none.
 
     Returns:
         Status `partial` when a map could not be made; `explanations.csv` says for which case and why.
 
     Raises:
-        UserError: `config.target` is no label, or the split is empty.
+        UserError: `config.target` is no label, the split is empty, or `config.cases` does not fit the task.
     """
     started = time.monotonic()
     if config.target is not None and config.target not in labels:
         raise UserError(f"explain.target {config.target!r} is none of the labels {', '.join(labels)}.")
-    maker = _Maker(config, net, plan, labels, Scans(scans, ingest), predictions)
-    chosen = _choose(predictions, scans, split)[: config.max_cases]
+    maker = _Maker(config, net, plan, labels, Scans(scans, ingest), predictions, regions)
+    chosen = _ordered(_choose(predictions, scans, split), config)[: config.max_cases]
     rows = []
     with progress("Explaining", len(chosen)) as shown:
         for case_id, result in chosen:
             rows.append(_row(maker, case_id, result))
             shown.advance()
     failed = sum(row["status"] == "failed" for row in rows)
+    made = [(case_id, read_json(_about_path(predictions, case_id))) for case_id in _written(rows)]
+    found = summary.summarise([(_patient(scans, case_id), about) for case_id, about in made], config.checks.seed)
     figures = {
         "maps": len(rows) - failed,
         "failed": failed,
         "no_evidence": sum(row["evidence"] is False for row in rows),
+        "failed_checks": sum(row["passed"] is False for row in rows),
+        "withheld": sum(row["withheld"] is True for row in rows),
         "method": config.method,
         "seconds": round(time.monotonic() - started, 2),
     }
-    paths = {"explanations": write_rows(predictions / "explanations.csv", COLUMNS, rows)}
+    paths = {
+        "explanations": write_rows(predictions / "explanations.csv", COLUMNS, rows),
+        "explanation_checks": write_json(predictions / summary.FILE, found),
+    }
     return Result("explain", "partial" if failed else "done", paths, figures).write(predictions)
+
+
+def _written(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    return [str(row["case_id"]) for row in rows if row["status"] == "done"]
+
+
+def _about_path(predictions: Path, case_id: str) -> Path:
+    return predictions / case_id / "explanation" / "explanation.json"
+
+
+def _patient(scans: Cohort | Sequence[Path], case_id: str) -> str:
+    """To whom a case belongs; without a cohort each case stands for itself."""
+    if not isinstance(scans, Cohort):
+        return case_id
+    return next((case.patient_id for case in scans.cases if case.case_id == case_id), case_id)
+
+
+def _ordered(chosen: list[tuple[str, dict[str, Any]]], config: ExplainConfig) -> list[tuple[str, dict[str, Any]]]:
+    """In the order in which cases are explained; a random place is a function of seed and case alone."""
+    if config.cases == "random":
+        return sorted(chosen, key=lambda c: hashlib.sha256(f"{config.checks.seed}/{c[0]}".encode()).digest())
+    if config.cases == "doubtful":
+        for case_id, result in chosen:
+            if not result.get("predicted"):
+                raise UserError(f"explain.cases 'doubtful' needs probabilities, {case_id} has none; take random.")
+        return sorted(chosen, key=lambda c: (c[1]["probs"][c[1]["predicted"]], c[0]))
+    return chosen
 
 
 def _choose(predictions: Path, scans: Cohort | Sequence[Path], split: str | None) -> list[tuple[str, dict[str, Any]]]:
@@ -106,8 +148,8 @@ def _row(maker: "_Maker", case_id: str, result: dict[str, Any]) -> dict[str, obj
         about = maker.make(case_id, result)
     except Exception as error:  # one bad case must not stop the batch; the reason stands in the table
         return row | {"status": "failed", "reason": " ".join(str(error).split()) or type(error).__name__}
-    row |= {"reason": about.get("no_dicom")}
-    return row | {name: about[name] for name in ("layer", "target", "raw_max", "evidence")}
+    row |= {"reason": about.get("no_dicom"), "failed_checks": "; ".join(about["failed_checks"])}
+    return row | {name: about[name] for name in ABOUT}
 
 
 @dataclass(frozen=True)
@@ -120,14 +162,12 @@ class _Maker:
     labels: Mapping[str, int]
     scans: Scans
     predictions: Path
+    regions: Path | None = None
 
     def make(self, case_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write the explanation of one case, unless the same is there; returns `explanation.json`."""
         folder = self.predictions / case_id / "explanation"
-        made_from = {
-            "method": self.config.method,
-            "layer": self.config.layer,
-            "target": self.config.target,
+        made_from = self.config.model_dump(mode="json", exclude={"max_cases", "cases"}) | {
             "input_sha256": result.get("input_sha256"),
             "bundle_sha256": (result.get("bundle") or {}).get("sha256"),
         }
@@ -136,67 +176,87 @@ class _Maker:
             if about.get("made_from") == made_from and (folder / (about.get("dicom") or ".")).exists():
                 return about
             (folder / "explanation.json").unlink()
-        (folder / OVERLAY).unlink(missing_ok=True)
+        for name in (OVERLAY, *MAPS):
+            (folder / name).unlink(missing_ok=True)
         scan = self.scans.find(case_id, result)
         pred = _read_pred(self.predictions / case_id)
         prepared = prepare(scan.channels, self.plan, pred)
-        map_net, about = self._explain(prepared, result)
+        map_net, about = self._explain(prepared, result, self._region(case_id, scan.channels[0]))
         map_scan = restore_map(map_net, prepared)
-        if pred is not None:
-            about["checks"] = {"energy_in_pred": energy_in_mask(map_scan, pred.array == self.labels[about["target"]])}
         about |= {"raw_min": float(map_scan.min()), "raw_max": float(map_scan.max())}
         about |= {"evidence": about["raw_max"] > 0, "made_from": made_from}
-        _write_map(folder, map_scan, prepared)
-        if scan.radiograph is not None:
-            about |= _write_overlay(folder, scan.radiograph, scan.channels[0], map_scan, about, result)
+        about["withheld"] = bool(about["failed_checks"]) and self.config.on_failure == "withhold"
+        if not about["withheld"]:
+            write_map(folder, map_scan, prepared)
+            if scan.radiograph is not None:
+                about |= write_overlay(folder, scan.radiograph, scan.channels[0], map_scan, about, result)
         write_json(folder / "explanation.json", about)
         return about
 
-    def _explain(self, prepared: Prepared, result: dict[str, Any]) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """The map on the network's grid, and what it is."""
+    def _region(self, case_id: str, image: Volume) -> NDArray[np.generic] | None:
+        """The mask of `regions` on the network's grid, or None where there is none."""
+        if self.regions is None:
+            return None
+        paths = (self.regions / f"{case_id}.png", self.regions / f"{case_id}.nii.gz")
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            return None
+        mask = read_image(path)
+        if mask.array.shape != image.array.shape:
+            raise UserError(
+                f"{path} has shape {mask.array.shape}, its scan {image.array.shape}; give this scan's mask."
+            )
+        return prepare([image], self.plan, Volume(mask.array.astype(bool).astype(np.uint8), image.affine)).label
+
+    def _explain(
+        self, prepared: Prepared, result: dict[str, Any], mask: NDArray[np.generic] | None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """The map on the network's grid, and what it is and passes."""
         config, pred = self.config, prepared.label
         target = config.target or (result["predicted"] if pred is None else _largest(pred, self.labels))
         region = None if pred is None else pred == self.labels[target]
+        mask = region if mask is None else mask
         image, window = prepared.image, None
-        if region is not None:
+        if region is not None and mask is not None:
             max_voxels = self.plan.batch_size * math.prod(self.plan.patch_size)  # a training step takes more memory
             window = choose_window(region, self.plan.patch_size, max_voxels)
-            image, region = cut(image, window), cut(region[None], window)[0]
-        device = next(self.net.parameters()).device
-        x_BCDHW = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None].to(device)
-        with frozen(self.net):
-            layer = "input" if config.method == "gradients" else logits_and_layer(self.net, x_BCDHW, config.layer)[1]
-        found = explain(
-            self.net,
-            x_BCDHW,
-            config.method,
-            self.labels[target],
-            layer,
-            region_BDHW=None if region is None else torch.from_numpy(region)[None],
-        )
-        map_net = found[0].cpu().numpy()
+            image, region, mask = cut(image, window), cut(region[None], window)[0], cut(mask[None], window)[0]
+        explained = self._map(image, target, region, mask)
+        checks = self.config.checks
+        found = passmark.judge(passmark.measure(explained, checks), checks) if explained.evidence else {}
+        map_net = explained.values.astype(np.float32)
         if window is not None:
             map_net = paste(map_net, window, prepared.image.shape[1:])
-        about: dict[str, Any] = {
+        verdicts = [check["passed"] for check in found.values() if check["passed"] is not None]
+        return map_net, {
             "method": config.method,
-            "layer": layer,
+            "layer": explained.layer,
             "target": target,
             "window": window,
-            "checks": {},
+            "checks": found,
+            "failed_checks": passmark.failed(found),
+            "passed": all(verdicts) if verdicts else None,
         }
-        return map_net, about
 
-
-def restore_map(map_net: NDArray[np.float32], prepared: Prepared) -> NDArray[np.float32]:
-    """Bring a map from the network's grid to the scan's own, shape `prepared.native_shape`, linearly."""
-    native = Volume(np.empty(prepared.native_shape, dtype=np.uint8), prepared.native_affine)
-    if map_net.ndim == 2:
-        restored = resample(map_net, prepared.affine, native.array.shape, native.affine, order=1)
-    else:
-        canonical = to_canonical(native)
-        restored = resample(map_net, prepared.affine, canonical.array.shape, canonical.affine, order=1)
-        restored = from_canonical(restored, prepared.native_affine)
-    return np.ascontiguousarray(restored, dtype=np.float32)
+    def _map(
+        self,
+        image: NDArray[np.float32],
+        target: str,
+        region: NDArray[np.bool_] | None,
+        mask: NDArray[np.generic] | None,
+    ) -> Explained:
+        config, methods = self.config, self.config.methods
+        device = next(self.net.parameters()).device
+        x_BCDHW = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None].to(device)
+        region_BDHW = None if region is None else torch.from_numpy(region)[None].to(device)
+        with frozen(self.net):
+            wanted = "input" if config.method in LAYERLESS else config.layer
+            logits, layer = logits_and_layer(self.net, x_BCDHW, wanted)
+        score = make_score(logits, self.labels[target], region_BDHW)
+        found = explain_score(self.net, x_BCDHW, score, config.method, layer, size="layer", config=methods)
+        return Explained(
+            Probe(self.net, x_BCDHW, score, methods.batch_size), config.method, layer, found, mask, methods
+        )
 
 
 def _read_pred(folder: Path) -> Volume | None:
@@ -209,29 +269,3 @@ def _largest(pred: NDArray[np.generic], labels: Mapping[str, int]) -> str:
     """The label with most voxels; the first when nothing was predicted."""
     counts = {name: int(np.count_nonzero(pred == value)) for name, value in labels.items()}
     return max(counts, key=lambda name: counts[name])
-
-
-def _write_overlay(
-    folder: Path,
-    radiograph: Path,
-    image: Volume,
-    map_scan: NDArray[np.float32],
-    about: Mapping[str, Any],
-    result: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The map as DICOM Secondary Capture, or why there is none; the map itself is good either way."""
-    try:
-        write_sc(folder / OVERLAY, radiograph, image.array, map_scan, about, result)
-    except UserError:
-        raise  # the disk
-    except Exception as error:  # headers of the source that no object may refer to
-        return {"no_dicom": f"No DICOM SC was written ({why_not(error)})."}
-    return {"dicom": OVERLAY}
-
-
-def _write_map(folder: Path, map_scan: NDArray[np.float32], prepared: Prepared) -> None:
-    if map_scan.ndim == 3:
-        write_nifti(folder / "map.nii.gz", Volume(map_scan, prepared.native_affine), intent="activation map")
-        return
-    with replacing(folder / "map.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, map_scan, allow_pickle=False)

@@ -1,14 +1,53 @@
 """What a map explains: one number per sample, taken from the logits before softmax or sigmoid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from medseg.files import UserError
 
-Score = Callable[[Tensor], Tensor]
 Target = int | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number per sample from logits: that of its own class, over its own region if it has one.
+
+    Attributes:
+        chosen_B: class index of each sample, int64.
+        region_BDHW: bool, where the logits of a segmentation network are summed; None for a classifier.
+    """
+
+    chosen_B: Tensor
+    region_BDHW: Tensor | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (B, K) or (B, K, *space) -> (B,) scores; each depends on its own sample alone."""
+        found = _of_class(logits, self.chosen_B)
+        return found if self.region_BDHW is None else (found * self.region_BDHW.to(found.dtype)).flatten(1).sum(1)
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """(B,) probability of the class, 0 to 1; of a segmentation network its mean over the region (0 if empty)."""
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+        found = _of_class(logits.softmax(1), self.chosen_B)
+        if self.region_BDHW is None:
+            return found
+        return (found * self.region_BDHW.to(found.dtype)).flatten(1).sum(1) / self.positions_B
+
+    def take(self, rows: Tensor | Sequence[int]) -> "Score":
+        """The same score for a batch made of these samples, each as often as it is named."""
+        index = torch.as_tensor(rows, device=self.chosen_B.device)
+        return Score(self.chosen_B[index], None if self.region_BDHW is None else self.region_BDHW[index])
+
+    @property
+    def positions_B(self) -> Tensor:
+        """Positions that are summed, at least 1; 1 for a classifier."""
+        if self.region_BDHW is None:
+            return torch.ones_like(self.chosen_B)
+        return self.region_BDHW.flatten(1).sum(1).clamp(min=1)
 
 
 def make_score(logits: Tensor, target: Target = None, region_BDHW: Tensor | None = None) -> Score:
@@ -24,7 +63,7 @@ def make_score(logits: Tensor, target: Target = None, region_BDHW: Tensor | None
         region_BDHW: bool mask that replaces the predicted region.
 
     Returns:
-        Function from logits to (B,) scores; each depends on its own sample alone.
+        The score, a function from logits to (B,).
 
     Raises:
         UserError: the target does not exist, or a region or a target is missing or does not fit.
@@ -43,9 +82,8 @@ def make_score(logits: Tensor, target: Target = None, region_BDHW: Tensor | None
     if logits.ndim == 2:
         if region_BDHW is not None:
             raise UserError("region is for segmentation networks; leave it out.")
-        return lambda found: _of_class(found, chosen)
-    region = _region(logits, chosen, region_BDHW).to(logits.dtype)
-    return lambda found: (_of_class(found, chosen) * region).flatten(1).sum(1)
+        return Score(chosen)
+    return Score(chosen, _region(logits, chosen, region_BDHW))
 
 
 def _of_class(logits: Tensor, chosen: Tensor) -> Tensor:

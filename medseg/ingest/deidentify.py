@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medseg.cohort import Finding, Reject
-from medseg.ingest.pseudonyms import pseudonym
+from medseg.ingest.pseudonyms import is_pseudonym, pseudonym
 from medseg.ingest.scan import Source
 
 MODALITIES = frozenset({
@@ -48,7 +48,6 @@ READ_TAGS = [*KEPT_NUMBERS, *KEPT_WORDS, *KEPT_UIDS, *KEPT_DATES, "Manufacturer"
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MAX_SHIFT_DAYS = 3650
 _OLDEST_AGE_YEARS = 89
-_PSEUDONYM = re.compile(r"case-(?:[0-9a-f]{16}|without-uid)\b")
 
 NOT_KEPT = (
     "names, addresses, institutions, device serial numbers, comments and all other free text; "
@@ -142,12 +141,12 @@ class Names:
     places: dict[str, Path] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def choose(cls, setting: str, found: Iterable[Source], rejects: Iterable[Reject], key: bytes) -> "Names":
-        """`auto` replaces the names where DICOM is among the sources, picked or not: they come from a hospital."""
+    def of_scans(cls, found: Iterable[Source], rejects: Iterable[Reject], key: bytes) -> "Names":
+        """For results that stay beside their scans: replaced where DICOM is among the sources, picked or not."""
         dicom = any(source.source_kind == "dicom" for source in found) or any(
-            _PSEUDONYM.match(reject.source) for reject in rejects
+            is_pseudonym(reject.source) for reject in rejects
         )
-        return cls(setting == "keyed" or (setting == "auto" and dicom), key)
+        return cls(dicom, key)
 
     def source(self, source: Source) -> Source:
         """The source under the name it has in the cohort; labels are still found by its true names."""
@@ -170,7 +169,7 @@ class Names:
 
     def reject(self, reject: Reject) -> Reject:
         """The reject with a pseudonym for the file it names, and no word of that name in its reason."""
-        if not self.keyed or _PSEUDONYM.match(reject.source):
+        if not self.keyed or is_pseudonym(reject.source):
             return reject
         name = pseudonym(self.key, "file", reject.source)
         self.places[name] = Path(reject.source)

@@ -7,6 +7,7 @@ it the same patient gets the same pseudonym in every cohort, without it a pseudo
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from medseg.files import UserError, read_rows, write_rows
 
 _KEY_BYTES = 32
 _DIGITS = 16
+_PSEUDONYM = re.compile(r"(?:case|file)-(?:[0-9a-f]{12,16}|without-uid)\b")
 
 
 def load_key(path: Path) -> bytes:
@@ -53,6 +55,11 @@ def pseudonym(key: bytes, kind: str, text: str) -> str:
         return ""
     digest = hmac.new(key, f"{kind}\0{text}".encode(errors="surrogateescape"), hashlib.sha256)
     return f"{kind}-{digest.hexdigest()[:_DIGITS]}"
+
+
+def is_pseudonym(name: str) -> bool:
+    """Whether a case's or a reject's name begins with a pseudonym, and so tells no one's name."""
+    return _PSEUDONYM.match(name) is not None
 
 
 def _create(path: Path) -> None:

@@ -73,7 +73,7 @@ def run(
     with _unpacking(cohort_dir / ".unpacked") as unpack_dir:
         places: dict[str, Path] = {}
         found, rejects = discover(sources, config.ingest, key=key, unpack_dir=unpack_dir, places=places)
-        names = Names.choose(config.ingest.names, found, rejects, key)
+        names = Names(config.ingest.names == "keyed", key)
         found = [names.source(source) for source in found]
         if isinstance(config, Draft):
             config = config.settle(found, labels)

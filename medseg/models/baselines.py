@@ -1,24 +1,32 @@
-"""The field's usual networks, as MONAI builds them."""
+"""The field's usual segmentation networks, as MONAI builds them."""
 
-from typing import Any
+import importlib.util
 
 from monai.networks import nets
 from torch import nn
 
-from medseg.config import DenseNetConfig, DynUNetConfig, SegResNetConfig, UNetConfig
+from medseg.config import (
+    AttentionUNetConfig,
+    DynUNetConfig,
+    MedNeXtConfig,
+    SegResNetConfig,
+    SwinUNETRConfig,
+    UNetConfig,
+)
 from medseg.files import UserError
 
-# Layers per dense block and (initial features, growth rate) of Huang et al. 2017, table 1.
-_DENSE_BLOCKS = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32), 264: (6, 12, 64, 48)}
+# The sizes of Roy et al. 2023 (arXiv:2303.09975): expansions of the encoder and of the bottleneck, blocks of the
+# encoder and of the bottleneck. The decoder mirrors the encoder.
+_MEDNEXT: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int]] = {
+    "S": ((2, 2, 2, 2), 2, (2, 2, 2, 2), 2),
+    "B": ((2, 3, 4, 4), 4, (2, 2, 2, 2), 2),
+    "M": ((2, 3, 4, 4), 4, (3, 4, 4, 4), 4),
+    "L": ((3, 4, 8, 8), 8, (3, 4, 8, 8), 8),
+}
 
 
 def build_unet(config: UNetConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
     """Residual U-Net with instance norm and PReLU."""
-    if len(config.strides) != len(config.channels) - 1:
-        raise UserError(
-            f"model.strides has {len(config.strides)} entries for {len(config.channels)} channels; "
-            f"give {len(config.channels) - 1}."
-        )
     module: nn.Module = nets.UNet(
         spatial_dims=spatial_dims,
         in_channels=in_channels,
@@ -32,19 +40,35 @@ def build_unet(config: UNetConfig, spatial_dims: int, in_channels: int, out_chan
     return module
 
 
+def build_attention_unet(
+    config: AttentionUNetConfig, spatial_dims: int, in_channels: int, out_channels: int
+) -> nn.Module:
+    """Attention U-Net with batch norm; each gate weighs a skip connection per position."""
+    module: nn.Module = nets.AttentionUnet(
+        spatial_dims=spatial_dims,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        channels=config.channels,
+        strides=config.strides,
+        dropout=config.dropout,
+    )
+    return module
+
+
 def build_dynunet(config: DynUNetConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """nnU-Net's plain convolutional U-Net: 3x3x3 kernels, stride 2 between levels, instance norm, leaky ReLU."""
-    levels = len(config.channels)
+    """nnU-Net's plain convolutional U-Net: instance norm, leaky ReLU, one strided convolution between levels."""
+    strides = config.steps(spatial_dims)
     module: nn.Module = nets.DynUNet(
         spatial_dims=spatial_dims,
         in_channels=in_channels,
         out_channels=out_channels,
-        kernel_size=[3] * levels,
-        strides=[1] + [2] * (levels - 1),
-        upsample_kernel_size=[2] * (levels - 1),
+        kernel_size=config.kernels_of(spatial_dims),
+        strides=[(1,) * spatial_dims, *strides],
+        upsample_kernel_size=strides,
         filters=list(config.channels),
         norm_name=("instance", {"affine": True}),
         deep_supervision=False,
+        res_block=config.res_block,
     )
     return module
 
@@ -62,16 +86,43 @@ def build_segresnet(config: SegResNetConfig, spatial_dims: int, in_channels: int
     return module
 
 
-def build_densenet(config: DenseNetConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """DenseNet classifier; batch norm, global average pooling, one linear layer."""
-    blocks: Any = config.block_config or _DENSE_BLOCKS[config.depth]
-    module: nn.Module = nets.DenseNet(
+def build_swin_unetr(config: SwinUNETRConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """Swin UNETR with patches of 2 positions per axis and instance norm. Raises UserError without einops."""
+    if importlib.util.find_spec("einops") is None:
+        raise UserError(
+            "model.name 'swin_unetr' needs einops, which is not installed; install it with pip install "
+            "'medseg[vision]', or choose another network."
+        )
+    module: nn.Module = nets.SwinUNETR(
         spatial_dims=spatial_dims,
         in_channels=in_channels,
         out_channels=out_channels,
-        init_features=config.init_features,
-        growth_rate=config.growth_rate,
-        block_config=blocks,
-        dropout_prob=config.dropout,
+        feature_size=config.feature_size,
+        depths=config.depths,
+        num_heads=config.num_heads,
+        window_size=config.window_size,
+        dropout_path_rate=config.drop_path,
+        use_checkpoint=config.memory == "checkpoint",
+    )
+    return module
+
+
+def build_mednext(config: MedNeXtConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """MedNeXt with residual resampling blocks and the paper's group norm of one channel per group."""
+    expansions, bottom_expansion, blocks, bottom_blocks = _MEDNEXT[config.size]
+    module: nn.Module = nets.MedNeXt(
+        spatial_dims=spatial_dims,
+        init_filters=config.init_filters,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        encoder_expansion_ratio=expansions,
+        decoder_expansion_ratio=expansions[::-1],
+        bottleneck_expansion_ratio=bottom_expansion,
+        kernel_size=config.kernel_size,
+        use_residual_connection=True,
+        blocks_down=blocks,
+        blocks_bottleneck=bottom_blocks,
+        blocks_up=blocks[::-1],
+        norm_type="group",
     )
     return module

@@ -72,7 +72,7 @@ def source_jobs(
     config = bundle.config.ingest
     places: dict[str, Path] = {}
     sources, rejects = discover(paths, config, key=key, unpack_dir=unpack_dir, places=places)
-    names = Names.choose(config.names, sources, rejects, key)
+    names = Names.of_scans(sources, rejects, key)
     sources, rejects = [names.source(source) for source in sources], [names.reject(reject) for reject in rejects]
     if workspace is not None:
         record_places(workspace / "pseudonyms.csv", {**places, **names.places})

@@ -12,7 +12,7 @@ from medseg.report import page
 from medseg.report.cases import CaseView, draw_case, explain_in_words, flag_texts, remove_stale
 from medseg.report.figures import draw_scene, embedded
 from medseg.report.page import STATUS_TONES, Cell, Picture, Table, anchor, capped, number, words
-from medseg.report.slices import load_map
+from medseg.report.slices import is_withheld, load_map
 from medseg.report.sources import read_mapping, simulated_cohort, without_folders
 
 ORDER = ("failed", "rejected", "flagged", "done")
@@ -122,7 +122,7 @@ def _draw_one(case_id: str, result: Mapping[str, Any], folder: Path, *, with_vie
 def _previews(place: Path, mask: Path | None, explanation: Path | None, overlay: Path) -> tuple[Picture, ...]:
     preview = place / "preview.png"
     pictures = [embedded(preview, f"Preview of {place.name}.")] if preview.is_file() else []
-    if explanation is not None:
+    if explanation is not None and not is_withheld(explanation):
         scene = load_map(explanation, mask, preview)
         write_bytes(overlay, draw_scene(scene, {}, f"{place.name} · activation map"))
         pictures.append(embedded(overlay, f"Activation map of {place.name}."))

@@ -120,6 +120,8 @@ def explain_in_words(folder: Path) -> str:
     text += f", layer {about['layer']}" if about.get("layer") else ""
     text += f", for {about['target']}" if about.get("target") not in (None, "") else ""
     low, high = about.get("raw_min"), about.get("raw_max")
+    if about.get("withheld"):
+        return f"{text}: withheld, since it failed.{_checks_in_words(about.get('checks'))}"
     if about.get("evidence") is False or (high is not None and is_number(high) and high <= 0):
         return f"{text}: no evidence, the map has no positive value."
     if low is not None and high is not None and is_number(low) and is_number(high):
@@ -129,15 +131,20 @@ def explain_in_words(folder: Path) -> str:
 
 
 def _checks_in_words(checks: object) -> str:
+    """Failed checks first and by name; of each the value, and the threshold where it has one."""
     if not isinstance(checks, Mapping) or not checks:
         return ""
-    told = []
-    for name, value in checks.items():
-        if isinstance(value, bool):
-            told.append(f"{_spaced(name)} {'passed' if value else 'failed'}")
-        else:
-            told.append(f"{_spaced(name)} {format_number(value) if is_number(value) else value}")
-    return " Checks: " + ", ".join(told) + "."
+    failed: list[str] = []
+    other: list[str] = []
+    for name, check in checks.items():
+        facts: Mapping[str, Any] = check if isinstance(check, Mapping) else {"value": check}
+        value, threshold = facts.get("value"), facts.get("threshold")
+        shown = format_number(value) if value is not None and is_number(value) else facts.get("note") or "not defined"
+        text = f"{_spaced(name)} {shown}"
+        text += f" (mark {format_number(threshold)})" if threshold is not None and is_number(threshold) else ""
+        (failed if facts.get("passed") is False else other).append(text)
+    told = f" FAILED checks: {', '.join(failed)}." if failed else ""
+    return told + (f" {'Other checks' if failed else 'Checks'}: {', '.join(other)}." if other else "")
 
 
 def _lead(case: Mapping[str, Any]) -> str:

@@ -119,6 +119,11 @@ def load_map(explanation: Path, pred: Path | None, preview: Path | None) -> Scen
     return Scene(ground, affine, None, _read_grid(pred, ground.shape) if pred else None, heat)
 
 
+def is_withheld(explanation: Path) -> bool:
+    """Whether a map was made but not written, because it failed its checks."""
+    return bool(read_json(explanation / "explanation.json").get("withheld"))
+
+
 def structure(scene: Scene) -> NDArray[np.bool_] | None:
     """Where the label or the prediction is, or None where both are empty or absent."""
     masks = [part > 0 for part in (scene.label, scene.pred) if part is not None]  # type: ignore[operator]
@@ -222,7 +227,7 @@ def _fitted(picture: Array, ground: Array) -> Array:
 
 
 def _read_heat(folder: Path, shape: tuple[int, ...]) -> Heat | None:
-    if not (folder / "explanation.json").is_file():
+    if not (folder / "explanation.json").is_file() or is_withheld(folder):
         return None
     heat, _ = _read_map(folder)
     if heat.array.shape != shape:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.cohort import Case, Cohort
-from medseg.config import Config
+from medseg.config import Config, NetworkConfig
 from medseg.files import dump_json
 from medseg.images import read_image
 from medseg.plan import Plan, write_plan
@@ -22,7 +22,7 @@ from medseg.train.step import check_cohort
 from medseg.volume import closest_axes, spacing_of, to_canonical
 
 _MAX_PATCH_VOXELS = 96**3  # a patch that a U-Net of 32 to 256 channels trains on within 8 GB
-_DIVISOR = 8
+_DIVISOR = 8  # patches are multiples of it even for networks that need less
 _CT_SAMPLES = 20_000
 
 
@@ -60,7 +60,7 @@ def plan_key(config: Config, cohort: Cohort) -> str:
 
 def _plan_radiographs(config: Config, cases: Sequence[Case]) -> Plan:
     shapes = np.array([case.shape for case in cases])
-    size = config.plan.size_px or 224
+    size = config.plan.size_px or config.model.published_px
     batch = config.plan.batch_size or 8
     return Plan(
         spatial_dims=2,
@@ -70,7 +70,7 @@ def _plan_radiographs(config: Config, cases: Sequence[Case]) -> Plan:
         normalise="zscore",
         fingerprint={"cases": len(cases), "median_shape_px": np.median(shapes, axis=0).tolist()},
         reasons={
-            "size_px": _fixed(config.plan.size_px, "224 px, the size at which DenseNet was published"),
+            "size_px": _fixed(config.plan.size_px, _published(config)),
             "batch_size": _fixed(config.plan.batch_size, "8 radiographs"),
             "normalise": "per image: exposure differs between radiographs",
         },
@@ -81,7 +81,7 @@ def _plan_volumes(config: Config, cohort: Cohort, cases: Sequence[Case]) -> Plan
     spacings, shapes = _canonical_grids(cohort, cases)
     spacing = config.plan.spacing_mm or tuple(float(f"{s:.4g}") for s in np.median(spacings, axis=0))
     extent = np.round(shapes * spacings / np.asarray(spacing)).astype(int)
-    patch, patch_reason = _choose_patch(extent)
+    patch, patch_reason = _choose_patch(extent, config.model)
     patch = config.plan.patch_size or patch
     batch = config.plan.batch_size or max(2, min(4, _MAX_PATCH_VOXELS // math.prod(patch)))
     modalities = Counter(case.modality for case in cases)
@@ -129,17 +129,22 @@ def _canonical_grids(cohort: Cohort, cases: Sequence[Case]) -> tuple[np.ndarray,
     return np.array(spacings), np.array(shapes)
 
 
-def _choose_patch(extent: np.ndarray) -> tuple[tuple[int, ...], str]:
-    """The whole field of view of most cases where that fits, else a box of its proportions; multiples of 8."""
-    most = [_round_up(n) for n in np.percentile(extent, 75, axis=0)]
+def _choose_patch(extent: np.ndarray, model: NetworkConfig) -> tuple[tuple[int, ...], str]:
+    """The whole field of view of most cases where that fits, else a box of its proportions; sizes the network takes."""
+    steps = np.array([math.lcm(_DIVISOR, divisor) for divisor in model.divisors(extent.shape[1])])
+    most = [
+        int(-(-math.ceil(n) // step) * step) for n, step in zip(np.percentile(extent, 75, axis=0), steps, strict=True)
+    ]
+    multiples = " × ".join(str(step) for step in steps) if len(set(steps)) > 1 else str(steps[0])
     if math.prod(most) <= _MAX_PATCH_VOXELS:
-        return tuple(most), f"three cases in four as a whole (75th percentile), rounded up to multiples of {_DIVISOR}"
+        reason = f"three cases in four as a whole (75th percentile), rounded up to multiples of {multiples}"
+        return model.legal_size(most), reason
     median = np.minimum(np.median(extent, axis=0), 512)
     side = median.copy()
-    while np.prod(np.maximum(side, _DIVISOR)) > _MAX_PATCH_VOXELS:
+    while np.prod(np.maximum(side, steps)) > _MAX_PATCH_VOXELS and (side > steps).any():
         side[np.argmax(side)] *= 0.95
-    patch = tuple(max(_DIVISOR, int(n) // _DIVISOR * _DIVISOR) for n in side)
-    return patch, f"longest axes of the median shape cut until at most {_MAX_PATCH_VOXELS} voxels"
+    patch = [max(int(step), int(n) // int(step) * int(step)) for n, step in zip(side, steps, strict=True)]
+    return model.legal_size(patch), f"longest axes of the median shape cut until at most {_MAX_PATCH_VOXELS} voxels"
 
 
 def _ct_intensities(cohort: Cohort, cases: Sequence[Case]) -> tuple[float, float, float, float]:
@@ -171,5 +176,7 @@ def _fixed(value: object, reason: str) -> str:
     return "set in the config" if value is not None else reason
 
 
-def _round_up(n: float) -> int:
-    return -(-math.ceil(n) // _DIVISOR) * _DIVISOR
+def _published(config: Config) -> str:
+    if not config.model.classifies:
+        return f"{config.model.published_px} px"
+    return f"{config.model.published_px} px, the size at which {config.model.variant} was published"

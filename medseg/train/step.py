@@ -16,9 +16,10 @@ from medseg.cohort import Case, Cohort
 from medseg.config import Config, TaskConfig, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import Example, load_examples
-from medseg.files import UserError, read_json, write_rows, write_text
+from medseg.files import UserError, read_json, write_json, write_rows, write_text
 from medseg.losses import build_loss
 from medseg.models import build_from_config
+from medseg.models.pretrained import load_pretrained
 from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.runs import RunFolder
@@ -39,10 +40,13 @@ def run(
         resume: go on from the newest checkpoint.
 
     Raises:
-        UserError: a split is empty, a class is missing from it, there is nothing to resume.
+        UserError: a split is empty, a class is missing from it, the plan or the pretrained weights do not fit the
+            network, there is nothing to resume.
         KeyboardInterrupt: stopped by the user; the state is saved.
     """
     check_cohort(config, cohort)
+    if problem := config.model.size_problem(plan.patch_size):
+        raise UserError(f"plan.patch_size: {problem}.")
     device = choose_device(config.device)
     bf16 = use_bf16(config.train.precision, device)
     torch.manual_seed(config.seed)
@@ -65,7 +69,10 @@ def run(
         seed=config.seed,
     )
     loss = build_loss(config.loss, _class_counts(config, train_examples)).to(device)
-    training = start_training(_network(config).to(device), config.train)
+    net = _network(config)
+    if not resume:
+        _set_pretrained(net, config, folder, tracker)
+    training = start_training(net.to(device), config.train)
     if resume:
         resume_training(training, folder.path / "checkpoints")
     labels = config.task.labels
@@ -144,6 +151,13 @@ def _network(config: Config) -> torch.nn.Module:
         in_channels=len(config.task.channels),
         out_channels=config.task.out_channels,
     )
+
+
+def _set_pretrained(net: torch.nn.Module, config: Config, folder: RunFolder, tracker: Tracker) -> None:
+    """Start from the weights that the config names, and record in `pretrained.json` what they were."""
+    pretrained = load_pretrained(net, config.model)
+    if pretrained is not None:
+        tracker.log_artifact(write_json(folder.path / "pretrained.json", pretrained))
 
 
 def _class_counts(config: Config, examples: Sequence[Example]) -> list[int]:

@@ -1,11 +1,13 @@
 """To the network's grid and back: identity where nothing changes, and the label returns to the scan's own grid."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from medseg.data.preprocess import network_grid, prepare, restore_label
+from medseg.images import read_image, write_png
 from medseg.plan import Plan
 from medseg.volume import Volume, to_canonical, world_of
 
@@ -73,6 +75,17 @@ def test_ct_intensities_are_clipped_then_standardised() -> None:
     array = np.array([-1000, -100, 100, 300, 3000], dtype=np.int16).reshape(5, 1, 1)
     image = prepare([Volume(array, np.eye(4))], plan).image
     assert np.allclose(image.ravel(), [-4, -4, 0, 4, 4])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_the_bit_depth_of_a_radiograph_makes_no_difference(bits: int, tmp_path: Path) -> None:
+    share = np.random.default_rng(0).random((64, 48)).cumsum(1) / 48
+    stored = (share * (2**bits - 1)).round().astype(np.uint8 if bits == 8 else np.uint16)
+    read = read_image(write_png(tmp_path / "x.png", stored))
+    image = prepare([read], _plan(size=(32, 32))).image[0]
+    exact = prepare([Volume(share, np.eye(4))], _plan(size=(32, 32))).image[0]
+    step = 1 / (2**bits - 1) / share.std()  # one grey level, in standard deviations
+    assert np.abs(image - exact).max() < step
 
 
 def test_radiographs_are_resized_to_the_plan() -> None:

@@ -7,13 +7,14 @@ import torch
 from monai.visualize import GradCAM
 from torch import nn
 
+from medseg.config import MethodConfig
 from medseg.explain import EXPLAINERS, explain
 from medseg.explain.gradients import gradcam, hirescam
 from medseg.explain.hooks import captured, frozen, logits_and_layer
 from medseg.files import UserError
 from medseg.models import build_model
 
-CAMS = ("gradcam", "hirescam", "layercam")
+CAMS = ("gradcam", "gradcampp", "hirescam", "layercam", "eigencam", "scorecam")
 
 
 class PooledNet(nn.Module):
@@ -89,10 +90,11 @@ def test_linear_net_has_its_known_maps() -> None:
 def test_a_batch_with_mixed_targets_equals_one_by_one(method: str, kind: str) -> None:
     net = (PooledNet(3) if kind == "classifier" else _small_unet()).double()
     x, targets = _image(3, batch=3).double(), [2, 0, 1]
-    together = explain(net, x, method, targets, "last")
+    config = MethodConfig(occlusion_window=0.5)
+    together = explain(net, x, method, targets, "last", config=config)
     assert together.shape == (3, 16, 16, 16)
     for one, target, found in zip(x, targets, together, strict=True):
-        torch.testing.assert_close(found, explain(net, one[None], method, target, "last")[0])
+        torch.testing.assert_close(found, explain(net, one[None], method, target, "last", config=config)[0])
     assert all(float(found.abs().max()) > 0 for found in explain(net, x, "hirescam", targets, "last"))
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from medseg.cohort import Case, Cohort
-from medseg.config import ExplainConfig
+from medseg.config import ExplainChecksConfig, ExplainConfig
+from medseg.explain.passmark import CHECKS
 from medseg.explain.step import run
 from medseg.explain.window import choose_window, cut, paste
 from medseg.files import UserError, read_json, read_rows, sha256_file, write_json
@@ -16,6 +17,7 @@ from medseg.images import read_image, write_nifti, write_png
 from medseg.plan import Plan
 from medseg.volume import Volume, world_of
 
+ALL_OFF = dict.fromkeys(CHECKS)
 LABELS = {"object": 1}
 CLASSES = {"normal": 0, "lesion": 1}
 BUNDLE = {"sha256": "b" * 64}
@@ -111,7 +113,9 @@ def test_the_map_of_a_volume_lies_where_the_object_is_in_the_world(tmp_path: Pat
     assert (about["method"], about["layer"], about["target"]) == ("layercam", "body", "object")
     assert about["evidence"] is True
     assert about["raw_max"] == pytest.approx(float(found.array.max()))
-    assert about["checks"]["energy_in_pred"] > 0.8
+    energy = about["checks"]["energy"]
+    assert energy["value"] > 0.8
+    assert (energy["threshold"], energy["passed"]) == (0.5, True)
 
 
 def test_a_volume_too_large_for_one_pass_is_explained_around_the_prediction(tmp_path: Path) -> None:
@@ -222,3 +226,75 @@ def test_window_covers_the_whole_where_it_fits_and_the_region_where_not() -> Non
     np.testing.assert_array_equal(paste(cut(image, whole)[0], whole, region.shape), image[0])
     inside = paste(cut(region[None], window)[0], window, region.shape)
     assert inside.sum() == region.sum(), "the window leaves nothing of the region out"
+
+
+def _of(predictions: Path, case_id: str) -> dict[str, object]:
+    return read_json(predictions / case_id / "explanation" / "explanation.json")
+
+
+def test_a_map_that_fails_is_named_in_its_case_the_table_and_the_cohort(tmp_path: Path) -> None:
+    """The lungs are said to be where the network does not look."""
+    scans, predictions = _radiographs(tmp_path)
+    regions = tmp_path / "regions"
+    wrong = np.zeros((48, 64), np.uint8)
+    wrong[40:, :20] = 255
+    right = np.zeros((48, 64), np.uint8)
+    right[8:16, 40:52] = 255
+    write_png(regions / "a.png", wrong)
+    write_png(regions / "b.png", right)
+    checks = ExplainChecksConfig(randomisation=None, dilate_px=1)
+    config = ExplainConfig(checks=checks)
+    result = run(config, Classifier(), FLAT_PLAN, CLASSES, [scans], predictions=predictions, regions=regions)
+    bad, good = _of(predictions, "a"), _of(predictions, "b")
+    assert "energy" in bad["failed_checks"]
+    assert bad["checks"]["energy"]["value"] < 0.05
+    assert bad["passed"] is False
+    assert "energy" not in good["failed_checks"]
+    assert (predictions / "a" / "explanation" / "map.npy").is_file(), "shown, with the failure named"
+    rows = read_rows(predictions / "explanations.csv")
+    assert "energy" in rows[0]["failed_checks"]
+    summary = read_json(predictions / "explanation.json")["gradcam/act"]
+    assert summary["maps"] == 2
+    assert (summary["checks"]["energy"]["n"], summary["checks"]["energy"]["share"]) == (2, 0.5)
+    assert summary["checks"]["energy"]["ci_low"] is not None
+    assert result.figures["failed_checks"] >= 1
+    assert set(good["checks"]) == {"energy", "deletion", "insertion", "road", "stability", "agreement"}
+    assert good["checks"]["deletion"]["value"] > 0
+
+
+def test_a_failed_map_is_withheld_when_asked_and_its_old_file_goes(tmp_path: Path) -> None:
+    scans, predictions = _radiographs(tmp_path, "a")
+    wrong = np.zeros((48, 64), np.uint8)
+    wrong[40:, :20] = 255
+    write_png(tmp_path / "regions" / "a.png", wrong)
+    map_path = predictions / "a" / "explanation" / "map.npy"
+    for on_failure, kept in (("show", True), ("withhold", False), ("show", True)):
+        config = ExplainConfig(checks=ExplainChecksConfig(**ALL_OFF | {"energy": 0.5}), on_failure=on_failure)
+        given = {"predictions": predictions, "regions": tmp_path / "regions"}
+        result = run(config, Classifier(), FLAT_PLAN, CLASSES, [scans], **given)
+        assert map_path.is_file() is kept
+        assert _of(predictions, "a")["withheld"] is not kept
+        assert result.figures["withheld"] == (not kept)
+
+
+def test_which_cases_are_explained(tmp_path: Path) -> None:
+    scans, predictions = _radiographs(tmp_path, "abcdef")
+    for case_id, p in zip("abcdef", (0.9, 0.8, 0.51, 0.99, 0.6, 0.7), strict=True):
+        path = predictions / case_id / "result.json"
+        write_json(path, read_json(path) | {"probs": {"normal": 1 - p, "lesion": p}})
+    off = ExplainChecksConfig(**ALL_OFF)
+
+    def explained(**more: object) -> list[str]:
+        config = ExplainConfig(max_cases=2, checks=off.model_copy(update={"seed": more.pop("seed", 0)}), **more)  # type: ignore[arg-type]
+        run(config, Classifier(), FLAT_PLAN, CLASSES, [scans], predictions=predictions)
+        return [row["case_id"] for row in read_rows(predictions / "explanations.csv")]
+
+    assert explained() == ["a", "b"]
+    assert explained(cases="doubtful") == ["c", "e"]
+    drawn = {tuple(explained(cases="random", seed=seed)) for seed in range(6)}
+    assert len(drawn) > 2
+    assert explained(cases="random", seed=3) == explained(cases="random", seed=3)
+    cohort, masks = _volume_cohort(tmp_path / "volumes", "a")
+    config = ExplainConfig(layer="body", cases="doubtful")
+    with pytest.raises(UserError, match="doubtful"):
+        run(config, Segmenter(), PLAN, LABELS, cohort, predictions=masks)

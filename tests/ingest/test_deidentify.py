@@ -87,7 +87,7 @@ def test_file_names_of_research_sets_are_kept_unless_keyed(tmp_path: Path) -> No
         Image.fromarray(pixels).save(tmp_path / "d" / f"doe_{n}.png")
     tree = config().model_dump()
     tree["task"]["spatial_dims"] = 2
-    for names, kept in (("auto", True), ("kept", True), ("keyed", False)):
+    for names, kept in (("kept", True), ("keyed", False)):
         tree["ingest"]["names"] = names
         run(validate_config(tree, "t"), [tmp_path / "d"], tmp_path / names, key=KEY)
         assert (traces(tmp_path / names, ["doe"]) != []) == kept

@@ -62,7 +62,7 @@ def radiographs(root: Path, count: int = 8) -> Path:
 
 
 def ingest(tmp_path: Path, source: Path, *sets: str, labels: Path | None = None) -> tuple[Result, Cohort]:
-    result = run(draft_config(sets), [source], tmp_path / "out", labels=labels, key=b"k" * 32)
+    result = run(draft_config(["ingest.names=kept", *sets]), [source], tmp_path / "out", labels=labels, key=b"k" * 32)
     return result, read_cohort(tmp_path / "out")
 
 

@@ -28,14 +28,14 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real scans (.
 
 def seg(**ingest: Any) -> Config:
     task = {"kind": "segmentation", "labels": {"front": 1, "back": 2}}
-    tree = {"name": "t", "task": task, "model": {"name": "unet"}, "loss": {"name": "dice_ce"}, "ingest": ingest}
-    return validate_config(tree, "test")
+    tree = {"name": "t", "task": task, "model": {"name": "unet"}, "loss": {"name": "dice_ce"}}
+    return validate_config({**tree, "ingest": {"names": "kept", **ingest}}, "test")
 
 
 def cls(**ingest: Any) -> Config:
     task = {"kind": "classification", "labels": {"normal": 0, "tb": 1}, "spatial_dims": 2}
     tree = {"name": "t", "task": task, "model": {"name": "densenet"}, "loss": {"name": "cross_entropy"}}
-    return validate_config({**tree, "ingest": ingest}, "test")
+    return validate_config({**tree, "ingest": {"names": "kept", **ingest}}, "test")
 
 
 def volume(seed: int, label: bool = False, shift_mm: float = 0.0) -> Volume:

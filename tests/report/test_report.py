@@ -261,6 +261,13 @@ def test_long_lists_are_cut_and_the_page_says_so(run_folder: Path) -> None:
     assert f"{page.MAX_ROWS} of 1200 cases, worst first, are shown; all of them are in" in reader.text
 
 
+CHECKS = {
+    "road": {"value": 0.125, "threshold": 0.0, "passed": True},
+    "energy": {"value": 0.25, "threshold": 0.5, "passed": False},
+    "deletion": {"value": None, "threshold": 0.0, "passed": None, "note": "not made: too large"},
+}
+
+
 def radiograph_run(root: Path, evidence: bool) -> Path:
     folder = root / "run"
     split = folder / "evaluation" / "test"
@@ -274,9 +281,7 @@ def radiograph_run(root: Path, evidence: bool) -> Path:
         heat[10:14, 8:12] = 2.5 if evidence else 0.0
         np.save(explanation / "map.npy", heat)
         about = {"method": "gradcam", "layer": "last", "target": "lesion", "raw_min": 0.0, "raw_max": float(heat.max())}
-        write_json(
-            explanation / "explanation.json", {**about, "evidence": evidence, "checks": {"energy_in_pred": 0.25}}
-        )
+        write_json(explanation / "explanation.json", {**about, "evidence": evidence, "checks": CHECKS})
         probs = {"normal": 1 - p, "lesion": p}
         case: dict[str, Any] = {
             "case_id": f"x{k}",
@@ -309,7 +314,8 @@ def test_radiographs_and_classes(tmp_path: Path) -> None:
     ]
     assert "is lesion, called normal (0.700)" in reader.text
     assert "raw values from 0 to 2.5" in reader.text
-    assert "energy in pred 0.25" in reader.text
+    assert "FAILED checks: energy 0.25 (mark 0.5)." in reader.text
+    assert "Other checks: road 0.125 (mark 0), deletion not made: too large (mark 0)." in reader.text
     assert "patient’s right" not in reader.text
     assert any(alt.startswith("ROC curve") for alt in reader.values("alt"))
 
@@ -321,6 +327,17 @@ def test_empty_map_is_no_evidence(tmp_path: Path) -> None:
     scene = load_map(folder / "evaluation" / "test" / "predictions" / "x0" / "explanation", None, None)
     assert scene.heat is not None
     assert not scene.heat.evidence
+
+
+def test_a_withheld_map_is_not_drawn_and_said_to_be_withheld(tmp_path: Path) -> None:
+    folder = radiograph_run(tmp_path, evidence=True)
+    for explanation in folder.glob("evaluation/test/predictions/*/explanation"):
+        (explanation / "map.npy").unlink()
+        path = explanation / "explanation.json"
+        write_json(path, read_json(path) | {"withheld": True})
+    reader = read_page(run(ReportConfig(), folder).paths["report"])
+    assert "withheld, since it failed. FAILED checks: energy 0.25 (mark 0.5)." in reader.text
+    assert "cannot be read" not in reader.text
 
 
 def batch_folder(root: Path) -> Path:

@@ -166,6 +166,21 @@ def test_plan_takes_what_the_config_fixes_and_gives_reasons(boxes: Cohort) -> No
     assert set(free.reasons) == {"spacing_mm", "patch_size", "batch_size", "normalise"}
 
 
+@pytest.mark.parametrize(
+    ("model", "patch"),
+    [
+        ("{name: unet, channels: [4, 8, 8, 8, 8], strides: [2, 2, 2, 2]}", (32, 16, 16)),
+        ("{name: swin_unetr}", (64, 32, 32)),
+        ("{name: dynunet, channels: [4, 8, 8], strides: [[4, 4, 1], 4]}", (32, 16, 16)),
+        ("{name: unetpp, depth: 2}", (24, 16, 16)),
+    ],
+)
+def test_the_planned_patch_is_one_that_the_network_takes(boxes: Cohort, model: str, patch: tuple[int, ...]) -> None:
+    config = tiny_config("plan={}", f"model={model}")
+    planned = make_plan(config, boxes).patch_size
+    assert planned == patch == config.model.legal_size(patch)
+
+
 def test_a_class_that_the_split_lacks_is_named(tmp_path: Path) -> None:
     cohort = radiograph_cohort(tmp_path, 8)
     only_normal = tuple(case for case in cohort.cases if case.target == "normal")

@@ -1,0 +1,133 @@
+"""Which method at which layer explains best: measured over cases, not chosen by fame."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.config import ExplainChecksConfig, MethodConfig
+from medseg.explain import LAYERLESS, explain_score
+from medseg.explain.passmark import AT_MOST, Explained, measure
+from medseg.explain.perturb import Probe
+from medseg.explain.summary import DRAWS
+from medseg.metrics import pointing_hit
+
+Candidate = tuple[str, str]
+"""Method and layer."""
+
+Figures = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One candidate. `score`: 0 loses against all others in everything, 1 wins everything; with its 95 % interval.
+
+    Attributes:
+        means: mean of each figure over the cases for which it is defined.
+    """
+
+    method: str
+    layer: str
+    score: float
+    ci_low: float
+    ci_high: float
+    n: int
+    means: dict[str, float] = field(default_factory=dict)
+
+
+def candidates_of(methods: Sequence[str], layers: Sequence[str]) -> list[Candidate]:
+    """Every method at every layer; a method in which the layer plays no part only once."""
+    found = [(method, layer) for method in methods if method not in LAYERLESS for layer in layers]
+    return found + [(method, "input") for method in methods if method in LAYERLESS]
+
+
+def measure_candidate(
+    probe: Probe,
+    candidate: Candidate,
+    checks: ExplainChecksConfig,
+    config: MethodConfig,
+    mask: NDArray[np.generic] | None = None,
+) -> dict[str, float | None]:
+    """Values of the configured checks for one image, and with a mask the pointing game; None without evidence.
+
+    Agreement is left out: it says as much of the other method. `mask` is where the evidence is known to be.
+    """
+    method, layer = candidate
+    found = explain_score(probe.net, probe.x_1CDHW, probe.score, method, layer, size="layer", config=config)
+    explained = Explained(probe, method, layer, found, mask, config)
+    asked = checks.model_copy(update={"agreement": None})
+    names = [name for name, facts in _empty(asked, mask).items() if facts]
+    if not explained.evidence:
+        return dict.fromkeys(names)
+    figures: dict[str, float | None] = {name: facts["value"] for name, facts in measure(explained, asked).items()}
+    if mask is not None:
+        figures["pointing"] = pointing_hit(explained.values, mask)
+    return figures
+
+
+def rank_methods(measured: Mapping[Candidate, Sequence[Figures]], seed: int = 0) -> list[Ranked]:
+    """Order candidates by how often they beat the others, best first.
+
+    For each case and figure a candidate's place among the others is counted: the share that it beats, ties as half;
+    no value (no evidence) loses against every value. The score is the mean over figures, then over cases, so a
+    figure with a small range counts as much as one with a large range. The interval is bootstrapped over cases.
+
+    Args:
+        measured: per candidate one mapping of figures per case, cases in the same order; `randomisation` is better
+            when smaller, every other figure when larger.
+
+    Raises:
+        ValueError: candidates were measured on different numbers of cases, or there are none.
+    """
+    counts = {len(cases) for cases in measured.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(f"candidates were measured on {sorted(counts)} cases; measure all on the same ones.")
+    n = counts.pop()
+    names = list(dict.fromkeys(name for cases in measured.values() for case in cases for name in case))
+    values_FMN = np.array(
+        [[[_better(name, case.get(name)) for case in cases] for cases in measured.values()] for name in names]
+    )
+    places_FMN = _places(values_FMN)
+    scores_MN = places_FMN.mean(axis=0)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS) / n
+    ranked = []
+    for row, (candidate, cases) in enumerate(measured.items()):
+        low, high = (float(v) for v in np.percentile(drawn @ scores_MN[row], [2.5, 97.5]))
+        means = {name: [v for case in cases if (v := case.get(name)) is not None] for name in names}
+        ranked.append(
+            Ranked(
+                *candidate,
+                float(scores_MN[row].mean()),
+                low,
+                high,
+                n,
+                {name: float(np.mean(found)) for name, found in means.items() if found},
+            )
+        )
+    return sorted(ranked, key=lambda one: -one.score)
+
+
+def _places(values_FMN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of the other candidates that each one beats."""
+    others = values_FMN.shape[1] - 1
+    if others == 0:
+        return np.ones_like(values_FMN)
+    own, other = values_FMN[:, :, None], values_FMN[:, None]
+    places: NDArray[np.float64] = ((own > other).sum(axis=2) + ((own == other).sum(axis=2) - 1) / 2) / others
+    return places
+
+
+def _better(name: str, value: float | None) -> float:
+    if value is None:
+        return -np.inf
+    return -value if name in AT_MOST else value
+
+
+def _empty(checks: ExplainChecksConfig, mask: NDArray[np.generic] | None) -> dict[str, Any]:
+    """Which figures a candidate without evidence has nothing to say about."""
+    asked = {name: getattr(checks, name) is not None for name in ("deletion", "insertion", "road", "randomisation")}
+    known = mask is not None
+    asked |= {"stability": checks.stability is not None, "energy": known and checks.energy is not None}
+    return asked | {"pointing": known}
