@@ -60,6 +60,7 @@ OFFERS = (
     _Offer(steps.train_flow, {"config": "hippocampus", "cohort": _COHORT}, "0 22 * * 6", 1),
     _Offer(steps.cross_validate_flow, {"config": "hippocampus", "cohort": _COHORT}),
     _Offer(steps.evaluate_flow, {"model": _MODEL, "cohort": _COHORT}),
+    _Offer(steps.audit_flow, {"model": "models:/tb_radiograph/latest", "cohort": "cohorts/tb"}),
     _Offer(
         steps.predict_flow,
         {"model": _MODEL, "scans": ["incoming"], "out": "predictions/incoming"},

@@ -155,6 +155,33 @@ def evaluate_flow(model: str, cohort: str, split: str = "test", workspace: str |
     return leave_artifacts(result, place)
 
 
+@flow(name="medseg-audit", flow_run_name=name_by_step, **FLOW_OPTIONS)
+def audit_flow(
+    model: str,
+    cohort: str,
+    split: str = "test",
+    overrides: list[str] | None = None,
+    workspace: str | None = None,
+) -> Result:
+    """Ask a classifier what it really reads, item by item, in the run that trained it.
+
+    Args:
+        model: bundle folder, run id, or `models:/NAME@ALIAS`.
+        cohort: folder of the cohort.
+        split: train, val or test.
+        overrides: `audit.field=value`: where lung fields come from, whether models are trained without one site.
+        workspace: by default `MEDSEG_WORKSPACE`.
+    """
+    place = workspace_folder(workspace)
+
+    def step() -> Result:
+        return road.audit(model, Path(cohort), place, split=split, overrides=overrides or [])
+
+    result = call_step("audit", place, step, gpu=True)
+    take_name(result.run_id)
+    return leave_artifacts(result, place)
+
+
 @flow(name="medseg-predict", flow_run_name=name_new_run, **FLOW_OPTIONS)
 def predict_flow(
     model: str, scans: list[str], out: str, workspace: str | None = None, run_id: str | None = None

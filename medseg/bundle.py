@@ -1,7 +1,8 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
-`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, and `bundle.json` with what the model is and the
-SHA-256 of every other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
+`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, and
+`bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is pickled, and nothing of it
+is used before its hash is checked.
 
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
@@ -36,12 +37,14 @@ from medseg.files import (
 from medseg.model_card import model_card
 from medseg.plan import Plan, read_plan, write_plan
 from medseg.runs import find_run
+from medseg.verdict import Verdict, read_verdict, write_verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
+VERDICT = "verdict.json"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -55,6 +58,7 @@ class Bundle:
         labels: label name to value (segmentation) or class name to index.
         sha256: over `bundle.json`, and through it over every file; names this model in results and ledgers.
         facts: the content of `bundle.json`.
+        verdict: calibration and operating point of a classifier; None for other models and bundles without one.
     """
 
     folder: Path
@@ -63,6 +67,7 @@ class Bundle:
     labels: Mapping[str, int]
     sha256: str
     facts: Mapping[str, Any] = field(repr=False)
+    verdict: Verdict | None = None
 
     @property
     def name(self) -> str:
@@ -132,6 +137,7 @@ def save_bundle(
     members: Sequence[Mapping[str, Any]] = (),
     evidence: Mapping[str, Any] | None = None,
     attached: Mapping[str, str] | None = None,
+    verdict: Verdict | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
@@ -140,6 +146,7 @@ def save_bundle(
         metrics: what was measured on it, for `bundle.json` and the model card.
         calibration: `{"temperature": …}` for the logits of a classifier.
         operating_point: `{"target": class name, "threshold": probability}`.
+        verdict: takes the place of the two.
         members: facts of each joined fold, in the order of the weights. evidence: see `Bundle.evidence`.
         attached: more files, by name, with their text.
 
@@ -170,12 +177,31 @@ def save_bundle(
             _write_weights(part / name, state)
         for name, text in (attached or {}).items():
             write_text(part / name, text)
-        write_text(part / "config.yaml", dump_config(config))
-        write_plan(part / "plan.yaml", plan)
-        write_text(part / "MODEL_CARD.md", model_card(facts, config, plan))
-        names = (*states, *_FILES, *(attached or {}))
-        facts["files"] = {name: sha256_file(part / name) for name in names}
-        write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
+        _write_about(part, facts, config, plan, verdict, [*states, *(attached or {})])
+    return folder
+
+
+def with_verdict(
+    bundle: Bundle, folder: Path, verdict: Verdict, *, run_id: str | None = None, config: Config | None = None
+) -> Path:
+    """Write a bundle with the weights and plan of another and a new verdict; `folder` may be the other's own.
+
+    Args:
+        run_id: the run that calibrated it; by default it stays that of the other. The run that trained the weights
+            and the bundle they came from are kept in `bundle.json`.
+        config: the config with the settings of this verdict; by default the other's.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    if run_id is not None:
+        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]
+    with _new_folder(folder) as part:
+        for name in kept:
+            shutil.copyfile(bundle.folder / name, part / name)
+        _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
     return folder
 
 
@@ -193,7 +219,8 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     facts = read_json(folder / "bundle.json")
     _verify(folder, facts)
     config = load_config(folder / "config.yaml")
-    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts)
+    verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
+    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts, verdict)
 
 
 def find_bundle(name: str, workspace: Path) -> Path:
@@ -260,6 +287,23 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def _numbered(states: "Sequence[Mapping[str, Tensor]]") -> "dict[str, Mapping[str, Tensor]]":
     return {f"weights-{number}.safetensors": state for number, state in enumerate(states)}
+
+
+def _write_about(
+    part: Path, facts: dict[str, Any], config: Config, plan: Plan, verdict: Verdict | None, others: Sequence[str]
+) -> None:
+    """Everything but what lies there already, the `others`; `bundle.json` last, since it vouches for the rest."""
+    names = [*others, *_FILES]
+    if verdict is not None:
+        facts["calibration"] = {"method": verdict.method, "id": verdict.id}
+        facts["operating_point"] = {"target": verdict.positive, "threshold": verdict.threshold}
+        write_verdict(part / VERDICT, verdict)
+        names.append(VERDICT)
+    write_text(part / "config.yaml", dump_config(config))
+    write_plan(part / "plan.yaml", plan)
+    write_text(part / "MODEL_CARD.md", model_card(facts, config, plan, verdict))
+    facts["files"] = {name: sha256_file(part / name) for name in names}
+    write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
 
 
 def _write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> None:

@@ -30,7 +30,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models_app = typer.Typer(help="Trained models: list, show, join, prune, promote, export.", no_args_is_help=True)
+models_app = typer.Typer(
+    help="Trained models: list, show, join, prune, calibrate, promote, export.", no_args_is_help=True
+)
 data_app = typer.Typer(help="Public datasets: list, show, fetch.", no_args_is_help=True)
 
 Workspace = Annotated[
@@ -97,6 +99,11 @@ def evaluate(
     model: ModelArg,
     cohort: CohortDir,
     split: Split = "test",
+    audit: Annotated[bool, typer.Option("--audit", help="Also ask a classifier what it really reads.")] = False,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="AUDIT.B=C", help="Where the audit finds lungs, what it trains."),
+    ] = None,
     workspace: Workspace = None,
     as_json: Json = False,
 ) -> None:
@@ -104,7 +111,8 @@ def evaluate(
     from medseg import road
 
     then = _command("predict", model, workspace, "SCANS", out="DIR")
-    _finish(lambda: road.evaluate(model, cohort, _workspace(workspace), split=split), as_json, then)
+    place = _workspace(workspace)
+    _finish(lambda: road.evaluate(model, cohort, place, split=split, audit=audit, overrides=sets or []), as_json, then)
 
 
 @app.command()
@@ -186,17 +194,37 @@ def models_prune(
     _finish(lambda: pruning.run(model, cohort, _workspace(workspace), max_dice_loss=max_dice_loss), as_json)
 
 
+@models_app.command("calibrate")
+def models_calibrate(
+    model: ModelArg,
+    cohort: CohortDir,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new bundle [runs/<id>/bundle].")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="VERDICT.B=C", help="Override the verdict.")
+    ] = None,
+    workspace: Workspace = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a classifier's verdict to labelled cases of a new site."""
+    from medseg import calibrations
+
+    _finish(lambda: calibrations.run(model, cohort, _workspace(workspace), out=out, overrides=sets or []), as_json)
+
+
 @models_app.command("promote")
 def models_promote(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME/VERSION, or a run id.")],
     alias: Annotated[str, typer.Option(help="The alias to move here.")] = "champion",
+    override: Annotated[
+        list[str] | None, typer.Option(metavar="ITEM: REASON", help="Why an audit item need not pass; kept.")
+    ] = None,
     workspace: Workspace = None,
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version of a registered model."""
     from medseg import shelf
 
-    _finish(lambda: shelf.promote_model(model, alias, _workspace(workspace)), as_json)
+    _finish(lambda: shelf.promote_model(model, alias, _workspace(workspace), override or []), as_json)
 
 
 @models_app.command("export")

@@ -25,6 +25,9 @@ class Row:
         seconds: reading, network and writing together.
         input_sha256, output_sha256, bundle_sha256: of the scan, of the mask or the probabilities, of the model.
         expected_dice: of the structure that can be trusted least; None where the model was not calibrated for it.
+        verdict: refer, do not refer or not assessable; empty where the model gives none.
+        probability: calibrated, of the class to refer, as text; score: 0 to 100; threshold: of the probability.
+            Empty without an assessable verdict.
     """
 
     case_id: str
@@ -36,19 +39,33 @@ class Row:
     output_sha256: str = ""
     bundle_sha256: str = ""
     expected_dice: float | None = None
+    verdict: str = ""
+    probability: str = ""
+    score: str = ""
+    threshold: str = ""
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> "Row":
         """The row that follows from a case's `result.json`."""
         return cls(
-            **{name: result[name] for name in _COLUMNS if name not in ("seconds", "bundle_sha256", "expected_dice")},
+            **{name: result[name] for name in _COLUMNS if name not in _DERIVED},
             expected_dice=result.get("expected_dice"),
             seconds=round(sum(result["seconds"].values()), 3),
             bundle_sha256=result["bundle"]["sha256"],
+            **_verdict_cells(result.get("verdict")),  # type: ignore[arg-type]
         )
 
 
 _COLUMNS = tuple(f.name for f in fields(Row))
+_VERDICT = ("verdict", "probability", "score", "threshold")
+_DERIVED = ("seconds", "bundle_sha256", "expected_dice", *_VERDICT)
+
+
+def _verdict_cells(verdict: Mapping[str, Any] | None) -> dict[str, str]:
+    if not verdict:
+        return {}
+    cells = {name: "" if verdict[name] is None else f"{verdict[name]:.6g}" for name in _VERDICT[1:]}
+    return {"verdict": verdict["call"], **cells}
 
 
 class Ledger:

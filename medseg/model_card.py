@@ -5,9 +5,10 @@ from typing import Any
 
 from medseg.config import Config
 from medseg.plan import Plan
+from medseg.verdict import Verdict
 
 
-def model_card(facts: Mapping[str, Any], config: Config, plan: Plan) -> str:
+def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Verdict | None = None) -> str:
     """The model card in Markdown, made of facts only."""
     task, grid = config.task, " × ".join(f"{n:g}" for n in plan.spacing_mm or plan.size_px)
     if grid:
@@ -48,6 +49,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan) -> str:
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
             "",
+            *(_verdict_lines(verdict) if verdict else ()),
             "## Origin",
             "",
             f"Run `{facts['run_id']}`, seed {config.seed}, medseg {facts['version']}.",
@@ -82,6 +84,28 @@ def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
             yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
     yield ""
+
+
+def _verdict_lines(verdict: Verdict) -> list[str]:
+    """The section of the model card about the verdict."""
+    fitted, point = verdict.fitted, verdict.point
+    rows = [
+        f"| {name.replace('_', ' ')} | {found['value']:.3f} | {found['ci_low']:.3f} to {found['ci_high']:.3f} |"
+        for name in ("sensitivity", "specificity", "referral_rate", "ppv", "npv")
+        if isinstance(found := point.get(name), Mapping)
+        and all(isinstance(found.get(key), (int, float)) for key in ("value", "ci_low", "ci_high"))
+    ]
+    where = f"the split `{fitted['split']}` of " if fitted.get("split") else ""
+    return [
+        "## Verdict",
+        "",
+        f"Refers for {verdict.positive} from a probability of {verdict.threshold:.3f} on (calibration `{verdict.id}`, "
+        f"{verdict.method}), chosen for a sensitivity of {point.get('target_sensitivity')} on {fitted.get('n')} cases, "
+        f"{fitted.get('n_positive')} positive, of {where}the cohort with SHA-256 `{fitted.get('cohort_sha256')}`. "
+        f"Referral rate and predictive values are for a prevalence of {point.get('prevalence')}.",
+        "",
+        *(["| figure | value | 95 % interval |", "|---|---|---|", *rows, ""] if rows else []),
+    ]
 
 
 def _interval(found: Mapping[str, Any]) -> str:

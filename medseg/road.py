@@ -74,7 +74,9 @@ def train(
     run_id: str | None = None,
     tags: dict[str, str] | None = None,
 ) -> Result:
-    """Train one network as one run; register its bundle. A fold is not registered, but measured on its own part.
+    """Train one network as one run; calibrate a classifier on its validation split; register the bundle.
+
+    A fold is not registered, but measured on its own part.
 
     Args:
         resume: id of the run to go on with.
@@ -84,6 +86,7 @@ def train(
     Raises:
         UserError: the config to resume with differs from the run's.
     """
+    from medseg.calibrations import add_verdict
     from medseg.cohort import read_cohort
     from medseg.folds import as_trained, fold_facts, measure_fold
     from medseg.tracking import track
@@ -107,24 +110,36 @@ def train(
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "train")
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        verdict = add_verdict(result.paths["bundle"], cohort, tracker)
         tracker.log_artifact(result.paths["history"])
         tracker.log_bundle(result.paths["bundle"], "" if part else config.tracking.register_as)
+        result = replace(result, figures={**result.figures, **verdict})
         if part:
             measured = measure_fold(result.paths["bundle"], cohort, folder, tracker)
             figures = {**result.figures, **part, "oof": measured.figures}
-            result = replace(result, status=measured.status, figures=figures).write(folder.path)
-    return result
+            result = replace(result, status=measured.status, figures=figures)
+    return result.write(folder.path)
 
 
 def evaluate(
-    model: str, cohort_dir: Path, workspace: Path, *, split: str = "test", lesions: Path | None = None
+    model: str,
+    cohort_dir: Path,
+    workspace: Path,
+    *,
+    split: str = "test",
+    lesions: Path | None = None,
+    audit: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Result:
-    """Predict a labelled split, compare with its labels, explain some cases, write the report; all in the run that
-    trained the model, where that run is at hand, else in a new one.
+    """Predict a labelled split, compare with its labels, explain some cases, audit if asked, write the report; all in
+    the run that trained the model, where that run is at hand, else in a new one.
 
     Args:
         lesions: folder of `<case_id>.png` masks: the share of each activation map inside them is reported.
+        audit: also run the audit of a classifier. overrides: its settings, `audit.field=value`.
     """
+    if overrides and not audit:
+        raise UserError(f"--set {overrides[0]!r}: only an audit takes settings; add --audit, or leave it out.")
     from medseg.cohort import read_cohort
     from medseg.evaluate import step
     from medseg.folds import as_trained
@@ -153,11 +168,31 @@ def evaluate(
             kind=config.task.kind,
             lesions=lesions,
         )
+        audited = _audit(bundle, cohort, folder, tracker, split, overrides) if audit else Result("audit", "done")
         page = report_step.run(config.report, folder.path)
         _log_evaluation(tracker, result, page, out, split)
     partial = "partial" in (predicted.status, result.status)
-    paths = {**result.paths, "report": page.paths["report"], "run": folder.path}
-    return Result("evaluate", "partial" if partial else "done", paths, result.figures, folder.id)
+    paths = {**result.paths, **audited.paths, "report": page.paths["report"], "run": folder.path}
+    figures = {**audited.figures, **result.figures}
+    return Result("evaluate", "partial" if partial else "done", paths, figures, folder.id, rows=audited.rows)
+
+
+def audit(
+    model: str, cohort_dir: Path, workspace: Path, *, split: str = "test", overrides: Sequence[str] = ()
+) -> Result:
+    """Audit a classifier without evaluating it again, in the run that trained it, and write the report."""
+    from medseg.cohort import read_cohort
+    from medseg.report import step as report_step
+    from medseg.tracking import track
+
+    bundle, cohort = _bundle(model, workspace), read_cohort(cohort_dir)
+    folder, known = _run_of(bundle, workspace)
+    with track(folder, bundle.config.tracking, tags={"medseg.audited": split}, resume=known) as tracker:
+        result = _audit(bundle, cohort, folder, tracker, split, overrides)
+        page = report_step.run(bundle.config.report, folder.path)
+        tracker.log_artifact(page.paths["report"], "report")
+        tracker.log_artifact(folder.path / "audit", "audit")
+    return replace(result, paths={**result.paths, "report": page.paths["report"], "run": folder.path})
 
 
 def predict(
@@ -258,6 +293,14 @@ def _predict(
     return replace(result, status="partial" if partial else "done", paths={**result.paths, **maps.paths})
 
 
+def _audit(
+    bundle: "Bundle", cohort: "Cohort", folder: RunFolder, tracker: "Tracker", split: str, overrides: Sequence[str]
+) -> Result:
+    from medseg import audits
+
+    return audits.run(bundle, cohort, folder, tracker, split=split, overrides=overrides)
+
+
 def _explain(
     bundle: "Bundle", net: "nn.Module", scans: "Cohort | Sequence[Path]", out: Path, split: str | None = None
 ) -> Result:
@@ -341,6 +384,8 @@ def _log_evaluation(tracker: "Tracker", result: Result, page: Result, out: Path,
     for overlay in sorted((out / "overlays").glob("*.png")):
         tracker.log_artifact(overlay, f"evaluation/{split}/overlays")
     tracker.log_artifact(page.paths["report"], "report")
+    if (out.parent.parent / "audit").is_dir():
+        tracker.log_artifact(out.parent.parent / "audit", "audit")
 
 
 def _listed(source: str) -> list[str]:

@@ -2,12 +2,18 @@
 
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+from medseg.config import AuditItem
 from medseg.files import UserError, replacing
 from medseg.result import Result
-from medseg.tracking import ModelVersion, find_version, set_alias
+from medseg.tracking import ModelVersion, find_version, record_override, set_alias
 from medseg.tracking import list_models as registered_models
+
+GUARDED = "champion"
+"""The alias that a classifier has to earn."""
 
 
 def list_models(workspace: Path) -> Result:
@@ -28,15 +34,35 @@ def show_model(model: str, workspace: Path) -> Result:
     return Result("models", "done", {"bundle": bundle.folder}, figures, bundle.run_id, text=text)
 
 
-def promote_model(model: str, alias: str, workspace: Path) -> Result:
+def promote_model(model: str, alias: str, workspace: Path, overrides: Sequence[str] = ()) -> Result:
     """Point `models:/NAME@ALIAS` at a version, given as `models:/NAME/VERSION` or by the run that trained it.
 
+    A classifier becomes `champion` only when every item that its config requires has passed an audit and failed
+    none, or with a reason for each item that has not, which is kept with the version.
+
+    Args:
+        overrides: `item: reason`, one for each required item that has not passed.
+
     Raises:
-        UserError: no such version, or an alias that is not allowed.
+        UserError: no such version, an alias that is not allowed, or required items that have neither passed nor a
+            reason.
     """
     version = find_version(model, workspace) if model.startswith("models:/") else _version_of_run(model, workspace)
+    reasons = _overridden(overrides)
+    open_items = _open_items(version, workspace) if alias == GUARDED else {}
+    if idle := sorted(set(reasons) - set(open_items)):
+        raise UserError(f"--override {idle[0]!r}: it is no item that stands in the way of {alias!r}; leave it out.")
+    if barred := [f"{name} ({status})" for name, status in open_items.items() if name not in reasons]:
+        raise UserError(
+            f"{version.uri} does not become {alias!r}: {', '.join(barred)}. Run `medseg evaluate {version.uri} "
+            '--cohort DIR --audit`, or give a reason for each with --override "item: reason".'
+        )
+    if reasons:  # before the alias moves: one without its reasons must never be seen
+        record_override(version, alias, reasons, workspace)
     moved = set_alias(version.name, alias, version.version, workspace)
-    figures = {"model": moved.uri, "alias": alias, "address": f"models:/{moved.name}@{alias}"}
+    figures: dict[str, object] = {"model": moved.uri, "alias": alias, "address": f"models:/{moved.name}@{alias}"}
+    if reasons:
+        figures["overridden"] = reasons
     return Result("models", "done", {}, figures, moved.run_id)
 
 
@@ -82,6 +108,37 @@ def fetch_data(name: str, out: Path) -> Result:
     from medseg.ingest.manifests import find_manifest
 
     return fetch(find_manifest(name), out).as_result()
+
+
+def _overridden(overrides: Sequence[str]) -> dict[str, str]:
+    """Item to reason. Raises UserError for an item without a reason or one that is none."""
+    reasons = {}
+    for override in overrides:
+        name, _, reason = (part.strip() for part in override.partition(":"))
+        if name not in get_args(AuditItem) or not reason:
+            names = ", ".join(get_args(AuditItem))
+            raise UserError(f'--override {override!r} is not of the form "item: reason" with an item among {names}.')
+        reasons[name] = reason
+    return reasons
+
+
+def _open_items(version: ModelVersion, workspace: Path) -> dict[str, str]:
+    """The required items of a classifier that have not passed, with their state.
+
+    Of several audits, of other cohorts or splits, a failed item counts, and a passed one where none failed it.
+    """
+    from medseg.bundle import load_bundle
+
+    config = load_bundle(version.uri, workspace).config
+    if config.task.kind != "classification" or config.task.spatial_dims != 2:
+        return {}  # there is no audit for other models
+    found: dict[str, str] = {}
+    for name in config.audit.required:
+        told = {audit["items"].get(name, "not assessable") for audit in version.audits}
+        state = next((status for status in ("fail", "pass", "not assessable") if status in told), "not audited")
+        if state != "pass":
+            found[name] = {"fail": "failed"}.get(state, state)
+    return found
 
 
 def _export_program(folder: Path, out: Path, workspace: Path) -> None:

@@ -27,6 +27,7 @@ ON_SHELVES = (
     "models show",
     "models join",
     "models prune",
+    "models calibrate",
     "models promote",
     "models export",
     "data list",

@@ -23,7 +23,8 @@ def test_columns_are_the_contract(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.csv")
     ledger.write()
     header = (tmp_path / "ledger.csv").read_text().strip()
-    assert header == "case_id,status,reason,source_kind,seconds,input_sha256,output_sha256,bundle_sha256,expected_dice"
+    columns = "case_id,status,reason,source_kind,seconds,input_sha256,output_sha256,bundle_sha256,expected_dice"
+    assert header == f"{columns},verdict,probability,score,threshold"
 
 
 def test_rows_follow_from_results_and_survive_the_disk(tmp_path: Path) -> None:

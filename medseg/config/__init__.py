@@ -41,9 +41,12 @@ from medseg.config.results import (
 )
 from medseg.config.training import AugmentConfig, CrossEntropyConfig, DiceCEConfig, LossConfig, PlanConfig, TrainConfig
 from medseg.config.tree import Config, TaskConfig
+from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
     "AttentionUNetConfig",
+    "AuditConfig",
+    "AuditItem",
     "AugmentConfig",
     "CodeConfig",
     "Config",
@@ -82,6 +85,7 @@ __all__ = [
     "UNetConfig",
     "UNetPPConfig",
     "VGGConfig",
+    "VerdictConfig",
     "apply_override",
     "dump_config",
     "find_config",

@@ -9,6 +9,7 @@ from medseg.config.ingest import IngestConfig
 from medseg.config.models import ModelConfig
 from medseg.config.results import ExplainConfig, ExportConfig, PredictConfig, ReportConfig, TrackingConfig
 from medseg.config.training import AugmentConfig, LossConfig, PlanConfig, TrainConfig
+from medseg.config.verdict import AuditConfig, VerdictConfig
 
 
 class TaskConfig(Strict):
@@ -46,6 +47,8 @@ class Config(Strict):
     plan: PlanConfig = PlanConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    verdict: VerdictConfig = VerdictConfig()
+    audit: AuditConfig = AuditConfig()
     predict: PredictConfig = PredictConfig()
     explain: ExplainConfig = ExplainConfig()
     export: ExportConfig = ExportConfig()
@@ -69,6 +72,8 @@ class Config(Strict):
                 f"ingest.channels names {', '.join(self.ingest.channels)}; it must name task.channels ({names}), in "
                 "their order, of a task with spatial_dims 3"
             )
+        if self.verdict.positive is not None and self.verdict.positive not in self.task.labels:
+            raise ValueError(f"verdict.positive {self.verdict.positive!r} is none of task.labels")
         return self
 
     def _check_sizes(self) -> None:

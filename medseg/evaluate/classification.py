@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case
+from medseg.evaluate.calibration import brier, ece, nll, reliability
 from medseg.evaluate.outcomes import Outcome, read_result, reason_of
 from medseg.evaluate.statistics import Estimate, bootstrap, proportion
 from medseg.files import UserError
@@ -39,7 +41,8 @@ def total(
 ) -> dict[str, object]:
     """AUC, accuracy, sensitivity and specificity with 95 % intervals, the confusion matrix, and the same by site.
 
-    With two classes that of the operating point is the positive one and `roc` holds the curve. With more, AUC,
+    With two classes that of the operating point is the positive one, precision and F1 are of it, `roc` holds the
+    curve, and `calibration` says how far the probabilities are from the shares that they promise. With more, AUC,
     sensitivity and specificity are means over the classes, each against the rest; `per_class` lists the AUC of each.
     """
     names = sorted(labels, key=lambda name: labels[name])
@@ -56,6 +59,7 @@ def total(
     more["positive"] = used[0] if used else None
     if positive is not None:
         more["roc"] = _roc(truth == positive, probs[:, positive])
+        more["calibration"] = _calibration(truth == positive, probs[:, positive], measured, seed)
     else:
         more["per_class"] = {name: {"auc": _auc_or_nan(truth == k, probs[:, k])} for k, name in enumerate(names)}
     return {**more, **figures, "sites": sites}
@@ -111,13 +115,37 @@ def _figures(outcomes: Sequence[Outcome], names: Sequence[str], positive: int | 
         sensitivity = bootstrap(lambda w: _mean_share(called, truth, w, present, True), patients, seed=seed)
         specificity = bootstrap(lambda w: _mean_share(called, truth, w, present, False), patients, seed=seed)
         auc = bootstrap(lambda w: _mean_auc(truth, probs, w, present), patients, seed=seed)
-    return {
+    figures: dict[str, object] = {
         "n": len(outcomes),
         "auc": asdict(auc),
         "accuracy": asdict(proportion(called == truth, patients, seed=seed)),
         "sensitivity": asdict(sensitivity),
         "specificity": asdict(specificity),
     }
+    if positive is not None:
+        ones, picked = truth == positive, called == positive
+        figures["precision"] = asdict(_share(ones, picked, patients, seed))
+        figures["f1"] = asdict(bootstrap(lambda w: _f1(ones, picked, w), patients, seed=seed))
+    return figures
+
+
+def _f1(ones: NDArray[np.bool_], picked: NDArray[np.bool_], weights: Array) -> float:
+    """2 TP / (2 TP + FP + FN); NaN when nothing is positive and nothing is called so."""
+    size = float(weights[ones].sum() + weights[picked].sum())
+    return 2 * float(weights[ones & picked].sum()) / size if size > 0 else math.nan
+
+
+def _calibration(
+    truth: NDArray[np.bool_], probs: Array, outcomes: Sequence[Outcome], seed: int
+) -> dict[str, object] | None:
+    """Calibration error, Brier score and negative log-likelihood with intervals over patients; the curve behind."""
+    if not len(outcomes):
+        return None
+    patients = [outcome.case.patient_id for outcome in outcomes]
+    found: dict[str, object] = {"reliability": reliability(probs, truth)}
+    for name, figure in (("ece", ece), ("brier", brier), ("nll", nll)):
+        found[name] = asdict(bootstrap(partial(figure, probs, truth), patients, seed=seed))
+    return found
 
 
 def _share(hits: NDArray[np.bool_], among: NDArray[np.bool_], patients: Sequence[str], seed: int) -> Estimate:

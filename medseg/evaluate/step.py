@@ -108,7 +108,8 @@ def _operating_point(bundle_facts: Mapping[str, Any]) -> classification.Point | 
 def _headline(figures: Mapping[str, Any]) -> dict[str, object]:
     """The numbers that matter, flat: for the run's metrics and the last line of the command line."""
     if "mean_dice" not in figures:
-        flat = {name: figures[name]["value"] for name in ("auc", "accuracy", "sensitivity", "specificity")}
+        names = ("auc", "accuracy", "sensitivity", "specificity", "precision", "f1")
+        flat = {name: figures[name]["value"] for name in names if name in figures}
     else:
         flat = {"mean_dice": figures["mean_dice"]}
         for label, found in figures["classes"].items():

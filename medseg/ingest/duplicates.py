@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,22 @@ def find(cases: Sequence[Case], prints: Mapping[str, Fingerprint]) -> tuple[Case
             findings.append(_finding("near_duplicate", case, others, round(near[0][0], 4), MAX_DIFFERENT_SHARE))
         found.append(replace(case, findings=tuple(findings)))
     return tuple(found)
+
+
+def pairs(cases: Sequence[Case], prints: Mapping[str, Fingerprint]) -> Iterator[tuple[Case, Case, float]]:
+    """Pairs of cases with the same pixels, and near-duplicates, with the share of hash bits that differ (0 for both).
+
+    Cases without a fingerprint are passed over, and images without contrast have exact duplicates only.
+    """
+    known = [case for case in cases if case.case_id in prints]
+    by_exact: dict[str, list[Case]] = defaultdict(list)
+    for case in known:
+        by_exact[prints[case.case_id].exact].append(case)
+    for same in by_exact.values():
+        yield from ((one, other, 0.0) for one, other in combinations(same, 2))
+    for one, other, share in _near(known, prints):
+        if prints[one.case_id].exact != prints[other.case_id].exact:
+            yield one, other, share
 
 
 def _finding(code: str, case: Case, others: Sequence[Case], number: float, threshold: float) -> Finding:

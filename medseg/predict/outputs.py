@@ -79,6 +79,7 @@ class CaseFolder:
             predicted=prediction.predicted or None,
             confidence=prediction.confidence,
             expected_dice=_lowest(prediction),
+            verdict=prediction.verdict,
             flags=flags,
             output_sha256=digest,
             outputs=[path.name for path in outputs],
@@ -90,7 +91,9 @@ class CaseFolder:
         """Write that the scan cannot be used, and why."""
         self._clear()
         flags = [Finding(refused.code, "error", refused.reason)]
-        return self._finish("rejected", self._public(refused.reason), {}, flags=flags)
+        verdict = self.bundle.verdict
+        told = verdict.as_result(None) if verdict is not None else None
+        return self._finish("rejected", self._public(refused.reason), {}, flags=flags, verdict=told)
 
     def write_failure(self, error: Exception) -> Row:
         """Write what went wrong; the whole traceback, which may name paths, stays in `failure.txt`."""
@@ -145,6 +148,7 @@ class CaseFolder:
             "predicted": None,
             "confidence": {},
             "expected_dice": None,
+            "verdict": None,
             "flags": [],
             "seconds": seconds,
             "input_sha256": self.input_sha256,

@@ -37,6 +37,8 @@ class Prediction:
         predicted: name of the class that is called; empty for segmentation.
         flags: reasons to look at the result before using it.
         confidence: label name to figures that say how far to trust it (segmentation), for each label found.
+        verdict: of a calibrated classifier, as `result.json` holds it: refer, do not refer or not assessable, with
+            probability, score 0 to 100, threshold and the intervals of its sensitivity and specificity; else None.
     """
 
     mask: Volume | None
@@ -45,6 +47,7 @@ class Prediction:
     predicted: str
     flags: tuple[Finding, ...]
     confidence: Mapping[str, Trust] = field(default_factory=dict)
+    verdict: Mapping[str, Any] | None = None
 
 
 class Predictor:
@@ -86,7 +89,8 @@ class Predictor:
         found = (*_warnings(scan), *check_scan(scan, self.bundle.plan))
         if self.bundle.config.task.kind == "classification":
             probs = self._classify(prepared)
-            return Prediction(None, {}, probs, called_class(probs, self.bundle.operating_point), found)
+            called = called_class(probs, self.bundle.operating_point)
+            return Prediction(None, {}, probs, called, found, verdict=self._verdict(scan, probs))
         temperatures = [float(member["temperature"]) for member in self.bundle.members] or [self.bundle.temperature]
         with watched(self.net, temperatures) as watcher:
             mask = self._cleaned(Volume(self._segment(prepared, announce), scan.channels[0].affine))
@@ -137,8 +141,18 @@ class Predictor:
         logits = self.net(image)[0].float() / self.bundle.temperature
         if not torch.isfinite(logits).all():
             raise ValueError("the network's logits are not finite; its weights or the image are damaged")
+        if self.bundle.verdict is not None:
+            values = logits.tolist()
+            return self.bundle.verdict.probabilities({name: values[i] for name, i in self.bundle.labels.items()})
         probs = torch.softmax(logits, 0).tolist()
         return {name: float(probs[index]) for name, index in self.bundle.labels.items()}
+
+    def _verdict(self, scan: Scan, probs: Mapping[str, float]) -> dict[str, Any] | None:
+        """A verdict is withheld for findings of any severity: what is only worth knowing may be a reason here."""
+        verdict = self.bundle.verdict
+        if verdict is None:
+            return None
+        return verdict.as_result(probs[verdict.positive], {finding.code for finding in scan.findings})
 
 
 def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg.bundle import Bundle, load_bundle
 from medseg.files import UserError, read_json
-from medseg.ledger import USABLE, read_ledger
+from medseg.ledger import USABLE, Row, read_ledger
 from medseg.predict import step
 from medseg.predict.predictor import Predictor
 
@@ -29,8 +29,9 @@ class PathModel:
             params: `out`: folder for masks and ledgers; by default a new temporary folder, which is kept.
 
         Returns:
-            One row per case: `path`, `case_id`, `status`, `reason`, `mask` (path or empty), `predicted`, and one
-            column per label: `volume_ml_<label>` or `prob_<class>`.
+            One row per case: `path`, `case_id`, `status`, `reason`, `mask` (path or empty), `predicted`, one column
+            per label: `volume_ml_<label>` or `prob_<class>`, and of a calibrated classifier `verdict`, `score`,
+            `threshold`, the bounds of sensitivity and specificity, `calibration` and `bundle_sha256`.
 
         Raises:
             UserError: there is no column `path`, or a path holds no scan.
@@ -55,6 +56,8 @@ class PathModel:
             row |= {"mask": "", "predicted": ""}
             if entry.status in USABLE:
                 row |= _figures(out / entry.case_id)
+            if entry.verdict:
+                row |= _verdict(self._predictor.bundle, entry)
             yield row
 
 
@@ -67,6 +70,17 @@ def _figures(folder: Path) -> dict[str, Any]:
         **{f"volume_ml_{name}": value for name, value in result["volumes_ml"].items()},
         **{f"prob_{name}": value for name, value in result["probs"].items()},
     }
+
+
+def _verdict(bundle: Bundle, row: Row) -> dict[str, Any]:
+    verdict = bundle.verdict
+    assert verdict is not None, "a row with a verdict comes from a bundle with one"
+    told: dict[str, Any] = {"verdict": row.verdict, "score": int(row.score) if row.score else None}
+    told |= {"threshold": verdict.threshold, "calibration": verdict.id, "bundle_sha256": bundle.sha256}
+    for name in ("sensitivity", "specificity"):
+        figure = verdict.point.get(name) or {}
+        told |= {f"{name}_{bound}": figure.get(bound) for bound in ("ci_low", "ci_high")}
+    return told
 
 
 def _load_pyfunc(data_path: str) -> PathModel:

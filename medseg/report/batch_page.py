@@ -23,6 +23,8 @@ MEANINGS = {
     "failed": "something went wrong; run again to retry",
 }
 
+VERDICT_TONES = {"refer": "warn", "not assessable": "bad"}
+
 Row = Mapping[str, str]
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -192,16 +194,25 @@ def _codes(row: Row) -> str:
 def _table(rows: Sequence[Row], results: Results, drawn: set[str], total: int) -> Table:
     volumes = list(dict.fromkeys(name for r in results.values() for name in r.get("volumes_ml") or {}))
     classes = list(dict.fromkeys(name for r in results.values() for name in r.get("probs") or {}))
+    judged = any(r.get("verdict") for r in results.values())
     cells: list[tuple[Cell, ...]] = []
     for row in rows:
         result = results[row["case_id"]]
         found, probs = result.get("volumes_ml") or {}, result.get("probs") or {}
         line = [_name(row, drawn), words(row["status"], tone=STATUS_TONES.get(row["status"], ""))]
         line += [words(result.get("predicted"))] if classes else []
+        told = result.get("verdict") or {}
+        line += [words(told.get("call"), tone=VERDICT_TONES.get(str(told.get("call")), ""))] if judged else []
+        line += [number(told.get("score"))] if judged else []
         line += [number(probs.get(name), 3) for name in classes] + [number(found.get(name), 2) for name in volumes]
         cells.append((*line, number(float(row["seconds"]) if row.get("seconds") else None, 1)))
-    heads = ["Case", "Status", *(["Called"] if classes else [])]
-    measured = [*(f"p({name})" for name in classes), *(f"{name} (ml)" for name in volumes), "Seconds"]
+    heads = ["Case", "Status", *(["Called"] if classes else []), *(["Verdict"] if judged else [])]
+    measured = [
+        *(["Score"] if judged else []),
+        *(f"p({name})" for name in classes),
+        *(f"{name} (ml)" for name in volumes),
+        "Seconds",
+    ]
     numeric = (False,) * len(heads) + (True,) * len(measured)
     note = capped(total, len(rows), "scans", "ledger.csv")
     return Table("All scans", (*heads, *measured), tuple(cells), numeric, note, sortable=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medseg.report.page import Picture, data_uri
 
@@ -78,6 +78,63 @@ def intensity_chart(curves: Mapping[str, Sequence[float]], percents: Sequence[fl
     return _chart([draw], f"Intensity percentiles of {len(curves)} images.", (4.6, 2.7))
 
 
+def interval_chart(items: Sequence[Mapping[str, Any]]) -> tuple[Picture, bytes]:
+    """Items of an audit, one above the other: figure, interval, limit, and beyond it the side that fails, shaded.
+
+    Args:
+        items: each with `title`, `status`, `value`, `ci_low`, `ci_high` (or None), `limit` and `better`.
+
+    Returns:
+        The picture, and the SVG itself.
+    """
+    colours = {"pass": "#2c6b39", "fail": "#a1260d", "not assessable": "#8a5a00"}
+
+    def draw(axes: "Axes") -> None:
+        for row, item in enumerate(reversed(items)):
+            limit, colour = float(item["limit"]), colours.get(str(item["status"]), SERIES[-1])
+            bad = (-0.2, limit) if item["better"] == "above" else (limit, 1.2)
+            axes.fill_between(bad, row - 0.36, row + 0.36, color="#f6e3de", linewidth=0)
+            axes.plot([limit, limit], [row - 0.36, row + 0.36], color="#b07a6c", linewidth=1.2)
+            if item.get("value") is None:
+                axes.text(0.012, row, "not assessable", va="center", fontsize=7.5, color=colour, style="italic")
+                continue
+            value = float(item["value"])
+            if item.get("ci_low") is not None and item.get("ci_high") is not None:
+                axes.plot([item["ci_low"], item["ci_high"]], [row, row], color=colour, linewidth=2.4, alpha=0.55)
+            axes.plot([value], [row], "o", color=colour, markersize=6)
+            axes.annotate(f"{value:.2f}", (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=7.5)
+        axes.set(
+            xlim=(-0.03, 1.03), ylim=(-0.6, len(items) - 0.25), xlabel="Figure with its 95 % interval; shaded: fails"
+        )
+        axes.set_yticks(range(len(items)), [str(item["title"]) for item in reversed(items)])
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0, labelsize=8.5)
+        axes.spines["left"].set_visible(False)
+
+    told = ", ".join(f"{item['title']}: {item['status']}" for item in items)
+    return _chart_and_svg([draw], f"The items of the audit: {told}.", (7.4, 0.45 * len(items) + 0.75))
+
+
+def reliability_chart(bins: Sequence[Mapping[str, float]]) -> Picture:
+    """Share of the positive class over mean probability, one point a bin, larger with more cases."""
+
+    def draw(axes: "Axes") -> None:
+        axes.plot([0, 1], [0, 1], color="#b9b8b2", linewidth=1, linestyle=(0, (3, 3)))
+        most = max(found["n"] for found in bins)
+        at, share = [found["probability"] for found in bins], [found["share"] for found in bins]
+        axes.plot(at, share, color=SERIES[0], linewidth=1.2)
+        axes.scatter(at, share, s=[12 + 60 * found["n"] / most for found in bins], color=SERIES[0], zorder=3)
+        axes.set(
+            xlim=(-0.03, 1.03),
+            ylim=(-0.03, 1.03),
+            xlabel="Probability",
+            ylabel="Share that is positive",
+            aspect="equal",
+        )
+
+    return _chart([draw], "Calibrated probability against the share of positive cases.", (3.3, 3.2))
+
+
 def _lines(
     axes: "Axes", history: Sequence[Mapping[str, float]], names: Sequence[str], title: str, highest: float | None = None
 ) -> None:
@@ -124,6 +181,12 @@ def _histogram(title: str, series: Mapping[str, Sequence[float]]) -> Draw:
 
 
 def _chart(panels: Sequence[Draw], alt: str, panel_in: tuple[float, float] = _PANEL_IN) -> Picture:
+    return _chart_and_svg(panels, alt, panel_in)[0]
+
+
+def _chart_and_svg(
+    panels: Sequence[Draw], alt: str, panel_in: tuple[float, float] = _PANEL_IN
+) -> tuple[Picture, bytes]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -134,4 +197,4 @@ def _chart(panels: Sequence[Draw], alt: str, panel_in: tuple[float, float] = _PA
         buffer = BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     width_px = round(panel_in[0] * len(panels) * _PX_PER_IN)
-    return Picture(data_uri(buffer.getvalue(), "image/svg+xml"), alt, width_px)
+    return Picture(data_uri(buffer.getvalue(), "image/svg+xml"), alt, width_px), buffer.getvalue()

@@ -12,7 +12,8 @@ from medseg.report.page import Cell, Picture, Table, capped, estimate, metric, n
 from medseg.report.sources import read_list, read_mapping, without_folders
 
 CLASS_FIGURES = ("dice", "hd95_mm", "surface_dice", "volume_error_ml")
-RATE_FIGURES = ("auc", "accuracy", "sensitivity", "specificity")
+RATE_FIGURES = ("auc", "accuracy", "sensitivity", "specificity", "precision", "f1")
+QUALITY_FIGURES = ("ece", "brier", "nll")
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,26 @@ def _class_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def _rate_tables(metrics: Mapping[str, Any]) -> list[Table]:
-    cells = [estimate(metrics.get(name), metric(name)[1]) for name in RATE_FIGURES]
+    rates = [name for name in RATE_FIGURES if name in metrics]
+    cells = [estimate(metrics[name], metric(name)[1]) for name in rates]
     threshold = metrics.get("threshold")
     note = "Each with its 95 % interval below."
     if threshold is not None:
         note += (
             f" Positive is {metrics.get('positive') or 'the second class'}, from a probability of {threshold:.3g} on."
         )
-    heads = tuple(metric(name)[0] for name in RATE_FIGURES)
+    heads = tuple(metric(name)[0] for name in rates)
     tables = [Table("Agreement with the known class", heads, (tuple(cells),), (True,) * len(heads), note)]
     classes, confusion = list(metrics.get("classes") or ()), metrics.get("confusion") or []
     if confusion and len(confusion) == len(classes):
         rows = [(words(f"is {name}"), *map(number, row)) for name, row in zip(classes, confusion, strict=True)]
         columns = ("", *(f"called {name}" for name in classes))
         tables.append(Table("Confusion", columns, tuple(rows), (False, *[True] * len(classes))))
+    if quality := metrics.get("calibration"):
+        heads = tuple(metric(name)[0] for name in QUALITY_FIGURES)
+        line = tuple(estimate(quality.get(name), metric(name)[1]) for name in QUALITY_FIGURES)
+        note = "How far the probabilities are from the shares that they promise: 0 is best."
+        tables.append(Table("Are the probabilities true?", heads, (line,), (True,) * len(heads), note))
     return tables
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from medseg.config import ReportConfig
 from medseg.report import page
+from medseg.report.audit_section import show_audits, show_verdict
 from medseg.report.charts import training_curves
 from medseg.report.results import Budget, show_split
 from medseg.report.sources import read_history, read_list, read_mapping, read_yaml, simulated_cohort, without_folders
@@ -38,6 +39,8 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         purpose=_purpose(settings),
         simulated=_is_simulated(settings, folder),
         splits=splits,
+        verdict=show_verdict(folder / "bundle" / "verdict.json"),
+        audits=show_audits(folder),
         curves=training_curves(history) if history else None,
         training=_training_facts(history),
         recipe=_recipe(about, settings, folder),

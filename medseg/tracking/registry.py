@@ -1,11 +1,12 @@
 """Registered models: versions of bundles under a name, and the aliases that point at them."""
 
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from medseg.files import UserError, default_workspace, read_json
 from medseg.tracking.store import Store, open_store
 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))?")
+_AUDITS, _OVERRIDES = "medseg.audits", "medseg.overrides"
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # it names a folder, so nothing else may stand there
 
 
@@ -28,6 +30,8 @@ class ModelVersion:
         run_id: the run that trained it. mlflow_run_id: the same run in MLflow.
         created: time of registration, UTC.
         description: the model card.
+        audits: one per audited cohort and split: `{cohort_sha256, split, items: {name: status}}`.
+        overrides: why it was promoted although items had not passed, by alias: `{alias: {item: reason}}`.
     """
 
     name: str
@@ -38,6 +42,8 @@ class ModelVersion:
     bundle_sha256: str
     created: str
     description: str
+    audits: tuple[Mapping[str, Any], ...] = ()
+    overrides: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def uri(self) -> str:
@@ -110,6 +116,39 @@ def set_alias(
     return find_version(f"models:/{name}/{version}", workspace, config)
 
 
+def record_audit(
+    bundle_sha256: str, audit: Mapping[str, Any], workspace: Path | None = None, config: TrackingConfig | None = None
+) -> tuple[ModelVersion, ...]:
+    """Keep an audit with every registered version of a bundle, in place of an earlier one of the same cases.
+
+    Args:
+        audit: `{cohort_sha256, split, items: {name: status}}`.
+
+    Returns:
+        The versions; none when the bundle is not registered.
+    """
+    store = _open(workspace, config)
+    found = [version for version in list_models(workspace, config) if version.bundle_sha256 == bundle_sha256]
+    for version in found:
+        others = [a for a in version.audits if any(a[key] != audit[key] for key in ("cohort_sha256", "split"))]
+        text = json.dumps([*others, {**audit, "audited": datetime.now(UTC).isoformat(timespec="seconds")}])
+        store.client.set_model_version_tag(version.name, str(version.version), _AUDITS, text)
+    return tuple(find_version(version.uri, workspace, config) for version in found)
+
+
+def record_override(
+    version: ModelVersion,
+    alias: str,
+    reasons: Mapping[str, str],
+    workspace: Path | None = None,
+    config: TrackingConfig | None = None,
+) -> None:
+    """Keep with a version why an alias was moved to it although items of its audit had not passed."""
+    told = {**version.overrides, alias: dict(reasons)}
+    client = _open(workspace, config).client
+    client.set_model_version_tag(version.name, str(version.version), _OVERRIDES, json.dumps(told))
+
+
 def fetch_model(uri: str, workspace: Path | None = None, config: TrackingConfig | None = None) -> Path:
     """The bundle folder of a registered model, downloaded once into `<workspace>/models/<hash of the bundle>`.
 
@@ -147,6 +186,8 @@ def version_facts(version: Any) -> ModelVersion:
         bundle_sha256=tags.get("medseg.bundle_sha256", ""),
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         description=version.description or "",
+        audits=tuple(json.loads(tags.get(_AUDITS, "[]"))),
+        overrides=json.loads(tags.get(_OVERRIDES, "{}")),
     )
 
 

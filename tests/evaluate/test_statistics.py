@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from medseg.evaluate.statistics import bootstrap, proportion, summarise, wilson
+from medseg.evaluate.statistics import bootstrap, bootstrap_auc, proportion, summarise, wilson
 from medseg.metrics import roc_auc
 
 
@@ -86,3 +86,17 @@ def test_auc_interval_contains_the_auc_and_skips_draws_of_one_class() -> None:
     never = bootstrap(lambda weights: roc_auc(np.ones(4), np.ones(4), weights), list("abcd"))
     assert math.isnan(never.value)
     assert math.isnan(never.ci_low)
+
+
+def test_areas_of_all_draws_at_once_are_those_one_by_one() -> None:
+    """With ties, patients of several cases, and draws that lack a class."""
+    rng = np.random.default_rng(4)
+    truth, score = rng.random(14) < 0.3, np.round(rng.random(14), 1)
+    patients = [f"p{i // 2}" for i in range(14)]
+    together = bootstrap_auc(truth, score, patients, seed=3)
+    one_by_one = bootstrap(lambda weights: roc_auc(truth, score, weights), patients, seed=3)
+    assert together.value == pytest.approx(one_by_one.value)
+    assert (together.ci_low, together.ci_high) == pytest.approx((one_by_one.ci_low, one_by_one.ci_high))
+    alone = bootstrap_auc(np.ones(4), np.arange(4.0), ["a", "b", "c", "d"])
+    assert math.isnan(alone.value)
+    assert math.isnan(alone.ci_low)

@@ -1,0 +1,197 @@
+"""The audit of a classifier as part of a run: lung fields, models trained without one site, the registry's record."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.bundle import Bundle, load_bundle
+from medseg.calibrations import add_verdict
+from medseg.cohort import Case, Cohort
+from medseg.config import AuditConfig, apply_override, validate_config
+from medseg.evaluate.audit import step
+from medseg.evaluate.audit.model_items import SiteScore, score_sites
+from medseg.evaluate.audit.step import Elsewhere
+from medseg.evaluate.audit.subject import FindLungs, Subject, sample_cases
+from medseg.evaluate.calibrate import positive_class
+from medseg.evaluate.scoring import Scorer
+from medseg.files import UserError, read_json
+from medseg.images import read_image
+from medseg.predict import load_network, segment_array
+from medseg.result import Result
+from medseg.runs import RunFolder, create_run, find_run
+from medseg.tracking import Tracker, record_audit, track
+from medseg.verdict import Verdict
+from medseg.volume import Volume
+
+SETTABLE = ("lungs", "leave_one_site_out", "train_epochs", "max_cases")
+"""What may be set for one audit; the limits belong to the model's config, or they would be none."""
+
+
+def run(
+    bundle: Bundle,
+    cohort: Cohort,
+    folder: RunFolder,
+    tracker: Tracker,
+    *,
+    split: str = "test",
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Audit a classifier of radiographs into `runs/<id>/audit/<split>`; record it with the registered versions of it.
+
+    Args:
+        folder, tracker: the run that the audit belongs to.
+        overrides: `audit.field=value` for the fields of `SETTABLE`.
+
+    Raises:
+        UserError: the model is no classifier of radiographs in two or more classes, an override sets a limit, or the
+            cases hold one class only.
+    """
+    config = _settings(bundle, overrides)
+    subject = _subject(bundle, cohort, split, config, folder.workspace)
+    trained_sites = bundle.verdict.fitted.get("trained_sites") if bundle.verdict else None
+    left_out = _leave_sites_out(bundle, subject, folder.workspace) if config.leave_one_site_out else []
+    out = folder.path / "audit" / split
+    result = step.run(
+        subject, out, split=split, bundle_facts=bundle.identity(), elsewhere=Elsewhere(trained_sites, left_out)
+    )
+    tracker.log_metrics(
+        {name: float(value) for name, value in result.figures.items() if isinstance(value, (int, float))}
+    )
+    tracker.set_tag(f"medseg.audit.{split}", str(result.figures["audit"]))
+    record_audit(
+        bundle.sha256, _record(read_json(result.paths["audit_json"])), folder.workspace, bundle.config.tracking
+    )
+    return replace(result, run_id=folder.id)
+
+
+def _record(audit: dict[str, Any]) -> dict[str, Any]:
+    """What the registry keeps of an audit."""
+    items = {item["name"]: item["status"] for item in audit["items"]}
+    return {"cohort_sha256": audit["cohort_sha256"], "split": audit["split"], "items": items}
+
+
+def _settings(bundle: Bundle, overrides: Sequence[str]) -> AuditConfig:
+    task = bundle.config.task
+    if task.kind != "classification" or task.spatial_dims != 2:
+        raise UserError(f"model {bundle.name!r} is no classifier of radiographs; the audit is made for these.")
+    tree = bundle.config.model_dump(mode="json")
+    for override in overrides:
+        name = override.partition("=")[0].removeprefix("audit.")
+        if not override.startswith("audit.") or name not in SETTABLE:
+            fields = ", ".join(f"audit.{field}" for field in SETTABLE)
+            raise UserError(f"--set {override!r}: an audit takes only {fields}; its limits are those of the bundle.")
+        apply_override(tree, override)
+    return validate_config(tree, "--set").audit
+
+
+def _subject(bundle: Bundle, cohort: Cohort, split: str, config: AuditConfig, workspace: Path) -> Subject:
+    positive = positive_class(bundle.config.verdict, bundle.labels)
+    if positive is None:
+        raise UserError(
+            f"model {bundle.name!r} has {len(bundle.labels)} classes; name verdict.positive and train again."
+        )
+    labelled = [case for case in cohort.cases if case.target in bundle.labels]
+    return Subject(
+        Scorer(load_network(bundle), bundle.plan),
+        cohort,
+        sample_cases([case for case in cohort.split(split) if case.target in bundle.labels], config.max_cases),
+        sample_cases(labelled, config.max_cases),
+        bundle.labels,
+        bundle.verdict or Verdict(positive, "temperature", 0.5),
+        config,
+        _find_lungs(config.lungs, workspace),
+    )
+
+
+def _find_lungs(where: str, workspace: Path) -> FindLungs | None:
+    """Lung fields from a folder of masks `<case_id>.png`, or by a segmentation model."""
+    if not where:
+        return None
+    folder = Path(where)
+    if folder.is_dir() and not any((place / "bundle.json").is_file() for place in (folder, folder / "bundle")):
+        return lambda case, image: _read_mask(folder / f"{case.case_id}.png", image)
+    bundle = load_bundle(where, workspace)
+    if bundle.config.task.kind != "segmentation" or bundle.config.task.spatial_dims != 2:
+        raise UserError(
+            f"audit.lungs {where!r} is no segmentation model of radiographs; name one, or a folder of masks."
+        )
+    net = load_network(bundle)
+
+    def segment(case: Case, image: Volume) -> NDArray[np.generic]:
+        from medseg.data.preprocess import prepare
+
+        prepared = prepare([image], bundle.plan)
+        overlap = bundle.config.predict.overlap
+        labels = segment_array(net, prepared.image, bundle.plan.patch_size, overlap, out_shape=image.array.shape)
+        return labels > 0
+
+    return segment
+
+
+def _read_mask(path: Path, image: Volume) -> NDArray[np.generic] | None:
+    if not path.is_file():
+        return None
+    mask = read_image(path).array
+    if mask.shape != image.array.shape:
+        raise UserError(
+            f"{path} has shape {mask.shape}, its image {image.array.shape}; give masks on the images' grid."
+        )
+    return mask
+
+
+def _leave_sites_out(bundle: Bundle, subject: Subject, workspace: Path) -> list[SiteScore]:
+    """Train the model's own recipe once without each site, and score each at every site.
+
+    Each training is a run with a name that follows from model, cohort and epochs: stopped, it goes on where it was,
+    and made before, it is not made again.
+    """
+    cohort, scores = subject.cohort, []
+    for site in sorted({case.site for case in cohort.cases if case.site}):
+        without = _without(cohort, site)
+        trained = _train_without(bundle, without, site, subject.config.train_epochs, workspace)
+        cases = [case for case in without.cases if case.split == "test" and case.target in bundle.labels]
+        plain = Verdict(subject.verdict.positive, "temperature", 0.5)
+        other = replace(
+            subject,
+            scorer=Scorer(load_network(trained), trained.plan),
+            verdict=trained.verdict or plain,
+            cohort=without,
+        )
+        scores += score_sites(other, cases, trained_without=site, unseen={site})
+    return scores
+
+
+def _without(cohort: Cohort, site: str) -> Cohort:
+    """The cohort with all of one site in the test split, where the other sites' test cases stay."""
+    cases = tuple(replace(case, split="test") if case.site == site else case for case in cohort.cases)
+    digest = hashlib.sha256(f"{cohort.sha256} without {site}".encode()).hexdigest()
+    return replace(cohort, cases=cases, sha256=digest)
+
+
+def _train_without(bundle: Bundle, cohort: Cohort, site: str, epochs: int | None, workspace: Path) -> Bundle:
+    from medseg.train import step as train_step
+
+    config = bundle.config
+    train = config.train.model_copy(update={"epochs": epochs or config.train.epochs})
+    tracking = config.tracking.model_copy(update={"register_as": ""})
+    config = config.model_copy(update={"train": train, "tracking": tracking})
+    slug = re.sub(r"[^a-z0-9]+", "-", site.lower()).strip("-")[:30] or "site"
+    recipe = hashlib.sha256(f"{bundle.sha256} {cohort.sha256} {train.epochs}".encode()).hexdigest()[:8]
+    run_id = f"without-{slug}-{recipe}"
+    if (workspace / "runs" / run_id / "bundle" / "bundle.json").is_file():
+        return load_bundle(run_id, workspace)
+    train_step.check_cohort(config, cohort)
+    begun = (workspace / "runs" / run_id / "run.json").is_file()
+    facts = {"step": "audit", "seed": config.seed, "cohort_sha256": cohort.sha256, "bundle_sha256": bundle.sha256}
+    folder = find_run(workspace, run_id) if begun else create_run(workspace, f"without-{slug}", run_id, **facts)
+    saved = any((folder.path / "checkpoints").glob("step_*.pt"))
+    with track(folder, tracking, tags={"medseg.step": "audit", "medseg.left_out": slug}, resume=begun) as tracker:
+        made = train_step.run(config, cohort, bundle.plan, folder, tracker, resume=saved)
+        add_verdict(made.paths["bundle"], cohort, tracker)
+    return load_bundle(run_id, workspace)
