@@ -1,23 +1,27 @@
 """The command line: the verbs, in the order of the road. No algorithm here."""
 
 import json
-import shlex
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, cast
+from typing import Annotated, cast
 
 import typer
 
-from medseg import screen
-from medseg.files import UserError, default_workspace, disk_trouble, dump_json
-from medseg.result import EXIT_INTERNAL, EXIT_USAGE, Result
+from medseg.cli_shelf import data_app, models_app
+from medseg.command import (
+    CohortDir,
+    ConfigArg,
+    Json,
+    ModelArg,
+    Sets,
+    Split,
+    Workspace,
+    finish,
+    next_command,
+    workspace_of,
+)
+from medseg.result import EXIT_USAGE
 
-EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
 # click's UsageError, wherever this version of typer keeps click
 _BadUsage = cast(type[Exception], typer.BadParameter.__bases__[0])
 
@@ -30,20 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models_app = typer.Typer(
-    help="Trained models: list, show, join, prune, calibrate, promote, export.", no_args_is_help=True
-)
-data_app = typer.Typer(help="Public datasets: list, show, fetch.", no_args_is_help=True)
-
-Workspace = Annotated[
-    Path | None, typer.Option("--workspace", help="Where medseg keeps everything [MEDSEG_WORKSPACE, else ./workspace].")
-]
-Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one field of the config.")]
-CohortDir = Annotated[Path, typer.Option("--cohort", help="Cohort folder.")]
-ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="Path, or name of a file in configs/.")]
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Bundle folder, run id, or models:/NAME@ALIAS.")]
-Split = Annotated[Literal["train", "val", "test"], typer.Option(help="Which cases of the cohort.")]
+app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -61,8 +53,8 @@ def ingest(
     """Turn scans (DICOM, NIfTI, PNG) into a cohort."""
     from medseg import road
 
-    then = _command("train", config or "CONFIG", workspace, cohort=cohort)
-    _finish(lambda: road.ingest(source, cohort, labels, config, sets or [], _workspace(workspace)), as_json, then)
+    then = next_command("train", config or "CONFIG", workspace, cohort=cohort)
+    finish(lambda: road.ingest(source, cohort, labels, config, sets or [], workspace_of(workspace)), as_json, then)
 
 
 @app.command()
@@ -72,8 +64,8 @@ def plan(
     """Say what would run, its measured memory and estimated time."""
     from medseg import road
 
-    then = _command("train", config, workspace, cohort=cohort)
-    _finish(lambda: road.plan(road.load(config, sets or []), cohort), as_json, then)
+    then = next_command("train", config, workspace, cohort=cohort)
+    finish(lambda: road.plan(road.load(config, sets or []), cohort), as_json, then)
 
 
 @app.command()
@@ -88,9 +80,9 @@ def train(
     """Train a network; writes runs/<id>/ with the bundle."""
     from medseg import road
 
-    then = _command("evaluate", "RUN", workspace, cohort=cohort)
-    _finish(
-        lambda: road.train(road.load(config, sets or []), cohort, _workspace(workspace), resume=resume), as_json, then
+    then = next_command("evaluate", "RUN", workspace, cohort=cohort)
+    finish(
+        lambda: road.train(road.load(config, sets or []), cohort, workspace_of(workspace), resume=resume), as_json, then
     )
 
 
@@ -110,9 +102,9 @@ def evaluate(
     """Measure a model on one split of a labelled cohort."""
     from medseg import road
 
-    then = _command("predict", model, workspace, "SCANS", out="DIR")
-    place = _workspace(workspace)
-    _finish(lambda: road.evaluate(model, cohort, place, split=split, audit=audit, overrides=sets or []), as_json, then)
+    then = next_command("predict", model, workspace, "SCANS", out="DIR")
+    place = workspace_of(workspace)
+    finish(lambda: road.evaluate(model, cohort, place, split=split, audit=audit, overrides=sets or []), as_json, then)
 
 
 @app.command()
@@ -129,8 +121,8 @@ def predict(
     """Segment or classify scans; the ledger says what became of each."""
     from medseg import road
 
-    then = _command("report", str(out), workspace)
-    _finish(lambda: road.predict(model, scans, out, _workspace(workspace), store_in=store), as_json, then)
+    then = next_command("report", str(out), workspace)
+    finish(lambda: road.predict(model, scans, out, workspace_of(workspace), store_in=store), as_json, then)
 
 
 @app.command()
@@ -142,131 +134,7 @@ def report(
     """Make the HTML pages of a run, a prediction folder or a cohort."""
     from medseg import road
 
-    _finish(lambda: road.report(target, _workspace(workspace)), as_json)
-
-
-app.add_typer(models_app, name="models")
-app.add_typer(data_app, name="data")
-
-
-@models_app.command("list")
-def models_list(workspace: Workspace = None, as_json: Json = False) -> None:
-    """List registered models."""
-    from medseg import shelf
-
-    _finish(lambda: shelf.list_models(_workspace(workspace)), as_json)
-
-
-@models_app.command("show")
-def models_show(model: ModelArg, workspace: Workspace = None, as_json: Json = False) -> None:
-    """Show what a model is, what it was measured at, and its card."""
-    from medseg import shelf
-
-    then = _command("predict", model, workspace, "SCANS", out="DIR")
-    _finish(lambda: shelf.show_model(model, _workspace(workspace)), as_json, then)
-
-
-@models_app.command("join")
-def models_join(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished folds of one cross-validation.")],
-    out: Annotated[Path | None, typer.Option(help="A second place for the bundle.")] = None,
-    workspace: Workspace = None,
-    as_json: Json = False,
-) -> None:
-    """Join the folds of a cross-validation into one model."""
-    from medseg import folds
-
-    then = _command("evaluate", "RUN", workspace, cohort="DIR")
-    _finish(lambda: folds.join(runs, _workspace(workspace), out=out), as_json, then)
-
-
-@models_app.command("prune")
-def models_prune(
-    model: ModelArg,
-    cohort: CohortDir,
-    max_dice_loss: Annotated[float, typer.Option(help="How much mean Dice a smaller level may lose.")] = 0.005,
-    workspace: Workspace = None,
-    as_json: Json = False,
-) -> None:
-    """Measure every level of a U-Net++; save the smallest one that is good enough."""
-    from medseg import pruning
-
-    _finish(lambda: pruning.run(model, cohort, _workspace(workspace), max_dice_loss=max_dice_loss), as_json)
-
-
-@models_app.command("calibrate")
-def models_calibrate(
-    model: ModelArg,
-    cohort: CohortDir,
-    out: Annotated[Path | None, typer.Option(help="Folder of the new bundle [runs/<id>/bundle].")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="VERDICT.B=C", help="Override the verdict.")
-    ] = None,
-    workspace: Workspace = None,
-    as_json: Json = False,
-) -> None:
-    """Fit a classifier's verdict to labelled cases of a new site."""
-    from medseg import calibrations
-
-    _finish(lambda: calibrations.run(model, cohort, _workspace(workspace), out=out, overrides=sets or []), as_json)
-
-
-@models_app.command("promote")
-def models_promote(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME/VERSION, or a run id.")],
-    alias: Annotated[str, typer.Option(help="The alias to move here.")] = "champion",
-    override: Annotated[
-        list[str] | None, typer.Option(metavar="ITEM: REASON", help="Why an audit item need not pass; kept.")
-    ] = None,
-    workspace: Workspace = None,
-    as_json: Json = False,
-) -> None:
-    """Move an alias to a version of a registered model."""
-    from medseg import shelf
-
-    _finish(lambda: shelf.promote_model(model, alias, _workspace(workspace), override or []), as_json)
-
-
-@models_app.command("export")
-def models_export(
-    model: ModelArg,
-    out: Annotated[Path, typer.Option(help="File to write: .zip (bundle) or .pt2 (torch.export).")],
-    workspace: Workspace = None,
-    as_json: Json = False,
-) -> None:
-    """Write a model as one file."""
-    from medseg import shelf
-
-    _finish(lambda: shelf.export_model(model, out, _workspace(workspace)), as_json)
-
-
-@data_app.command("list")
-def data_list(as_json: Json = False) -> None:
-    """List the public datasets that medseg knows."""
-    from medseg import shelf
-
-    _finish(shelf.list_data, as_json)
-
-
-@data_app.command("show")
-def data_show(name: str, as_json: Json = False) -> None:
-    """Show terms, files and labels of a dataset, its way to a cohort."""
-    from medseg import shelf
-
-    _finish(lambda: shelf.show_data(name), as_json)
-
-
-@data_app.command("fetch")
-def data_fetch(
-    name: str,
-    out: Annotated[Path | None, typer.Option(help="Target folder [WORKSPACE/data/NAME].")] = None,
-    workspace: Workspace = None,
-    as_json: Json = False,
-) -> None:
-    """Download a dataset, verify it, resume where it stopped."""
-    from medseg import shelf
-
-    _finish(lambda: shelf.fetch_data(name, out or _workspace(workspace) / "data" / name), as_json)
+    finish(lambda: road.report(target, workspace_of(workspace)), as_json)
 
 
 @app.command()
@@ -279,7 +147,7 @@ def up(
     """Start the MLflow and Prefect servers on this machine."""
     from medseg import services
 
-    _finish(lambda: services.up(_workspace(workspace), mlflow_port=mlflow_port, prefect_port=prefect_port), as_json)
+    finish(lambda: services.up(workspace_of(workspace), mlflow_port=mlflow_port, prefect_port=prefect_port), as_json)
 
 
 @app.command()
@@ -287,7 +155,7 @@ def doctor(workspace: Workspace = None, as_json: Json = False) -> None:
     """Say what is missing on this machine and how to mend it."""
     from medseg import doctor as physician
 
-    _finish(lambda: physician.run(_workspace(workspace)), as_json)
+    finish(lambda: physician.run(workspace_of(workspace)), as_json)
 
 
 @app.command()
@@ -299,7 +167,7 @@ def deploy(
     """Register the flows as Prefect deployments with their schedules."""
     from flows.deployments import deploy_all
 
-    _finish(lambda: deploy_all(pool, _workspace(workspace)), as_json)
+    finish(lambda: deploy_all(pool, workspace_of(workspace)), as_json)
 
 
 @app.command()
@@ -307,7 +175,7 @@ def demo(workspace: Workspace = None, as_json: Json = False) -> None:
     """Walk the whole road on simulated scans, in ten minutes."""
     from medseg import demo as demonstration
 
-    _finish(lambda: demonstration.run(_workspace(workspace)), as_json)
+    finish(lambda: demonstration.run(workspace_of(workspace)), as_json)
 
 
 def main() -> None:
@@ -321,64 +189,6 @@ def main() -> None:
             print(json.dumps({"status": "error", "kind": "usage", "error": error.format_message()}))
         sys.exit(EXIT_USAGE)
     sys.exit(code)
-
-
-def _finish(step: Callable[[], Result], as_json: bool, then: str = "") -> None:
-    """Run a step, print its result and the command to run `then`, exit with its code."""
-    try:
-        with redirect_stdout(sys.stderr), _sigterm_interrupts():  # stdout is for the result alone
-            result = step()
-    except UserError as error:
-        _fail("usage", str(error), EXIT_USAGE, as_json)
-    except KeyboardInterrupt:
-        message = "interrupted; what is finished is kept, see `--resume` for training, else run the same command again."
-        _fail("interrupted", message, EXIT_INTERRUPTED, as_json)
-    except ChildProcessError as error:
-        _fail("internal", str(error), EXIT_INTERNAL, as_json)
-    except Exception as error:  # the last line of defence: the cause is shown whole
-        if trouble := disk_trouble(error):
-            _fail("usage", trouble, EXIT_USAGE, as_json)
-        traceback.print_exc()
-        _fail("internal", f"{type(error).__name__}: {error}", EXIT_INTERNAL, as_json)
-    else:
-        print(dump_json(screen.as_tree(result)) if as_json else screen.as_text(result, then))
-        sys.exit(result.exit_code)
-
-
-def _fail(kind: str, message: str, code: int, as_json: bool) -> NoReturn:
-    print(f"Error: {message}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"status": "error", "kind": kind, "error": message}))
-    sys.exit(code)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM stops a step as Ctrl-C does, so that it cleans up; steps with an own way to stop keep it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _command(verb: str, subject: str, workspace: Path | None, *more: str, **options: object) -> str:
-    """A command to run next, quoted for the shell, in the same workspace."""
-    words = ["medseg", verb, subject, *more]
-    for name, value in options.items():
-        words += [f"--{name}", str(value)]
-    return shlex.join([*words, "--workspace", str(workspace)] if workspace else words)
-
-
-def _workspace(given: Path | None) -> Path:
-    return (given or default_workspace()).absolute()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,14 @@ class Result:
         """0 all done, 3 finished but some cases were rejected or failed."""
         return EXIT_PARTIAL if self.status == "partial" else EXIT_DONE
 
+    def numbers(self) -> dict[str, float]:
+        """The figures that are numbers, for MLflow."""
+        return {
+            name: float(value)
+            for name, value in self.figures.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+
     def write(self, folder: Path) -> "Result":
         """Write `folder/<step>.json` atomically and return self."""
         write_json(folder / f"{self.step}.json", self)

@@ -1,0 +1,133 @@
+"""From scans to a trained model: ingest, plan, train."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from medseg.cohort import Cohort, read_cohort
+from medseg.config import Config, dump_config, load_config
+from medseg.files import UserError
+from medseg.plan import Plan, read_plan
+from medseg.result import Result
+from medseg.road.sources import at_hand
+from medseg.runs import RunFolder, create_run, find_run
+
+
+def ingest(
+    sources: Sequence[str],
+    cohort_dir: Path,
+    labels: Path | None,
+    config: str | None,
+    overrides: Sequence[str],
+    workspace: Path,
+) -> Result:
+    """Scans into a cohort, and its page. Without a config the task is guessed from the scans and their labels."""
+    from medseg.ingest import step
+    from medseg.ingest.guess import draft_config
+    from medseg.ingest.pseudonyms import load_key
+    from medseg.report import step as report_step
+
+    settings = load_config(config, overrides) if config else draft_config(overrides)
+    key = load_key(workspace / "pseudonym.key")
+    lookup = workspace / "pseudonyms.csv"
+    with at_hand(sources, workspace) as scans:
+        result = step.run(settings, scans, cohort_dir, labels=labels, key=key, lookup=lookup)
+    page = report_step.run(settings.report, cohort_dir)
+    paths = {**result.paths, **page.paths} | ({"true_names": lookup} if lookup.is_file() else {})
+    return Result("ingest", result.status, paths, result.figures)
+
+
+def plan(config: Config, cohort_dir: Path) -> Result:
+    """Plan into `<cohort>/plans/<config name>/plan.yaml`, where `train` finds it, edited or not."""
+    from medseg.folds import as_trained
+    from medseg.train import planning
+
+    cohort = as_trained(config, read_cohort(cohort_dir))
+    return planning.run(config, cohort, _plan_folder(config, cohort))
+
+
+def train(
+    config: Config,
+    cohort_dir: Path,
+    workspace: Path,
+    *,
+    resume: str | None = None,
+    run_id: str | None = None,
+    tags: dict[str, str] | None = None,
+) -> Result:
+    """Train one network as one run; calibrate a classifier on its validation split; register the bundle.
+
+    A fold is not registered, but measured on its own part.
+
+    Args:
+        resume: id of the run to go on with.
+        run_id: identity given from outside (a flow run), for a new run.
+        tags: more tags for the run in MLflow.
+
+    Raises:
+        UserError: the config to resume with differs from the run's.
+    """
+    from medseg.calibrations import add_verdict
+    from medseg.folds import as_trained, fold_facts, measure_fold
+    from medseg.tracking import track
+    from medseg.train import step
+
+    cohort, part = as_trained(config, read_cohort(cohort_dir)), fold_facts(config)
+    if resume:
+        folder = find_run(workspace, resume)
+        if (folder.path / "plan.yaml").is_file():  # the run's config holds what the plan chose for the network
+            config = step.with_plan(config, _read_plan(config, cohort, folder))
+        _same_config(config, folder)
+    else:
+        step.check_cohort(config, cohort)
+        facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
+        name = f"{config.name}-fold{part['fold']}" if part else config.name
+        folder = create_run(workspace, name, run_id, **facts)
+    chosen = _read_plan(config, cohort, folder)
+    tags = {"medseg.step": "train", **{f"medseg.{name}": str(n) for name, n in part.items()}, **(tags or {})}
+    with track(folder, config.tracking, tags=tags, resume=bool(resume)) as tracker:
+        if not resume:
+            tracker.log_params(config.model_dump(mode="json"))
+            tracker.log_cohort(cohort, "train")
+        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        verdict = add_verdict(result.paths["bundle"], cohort, tracker)
+        tracker.log_artifact(result.paths["history"])
+        tracker.log_bundle(result.paths["bundle"], "" if part else config.tracking.register_as)
+        result = replace(result, figures={**result.figures, **verdict})
+        if part:
+            measured = measure_fold(result.paths["bundle"], cohort, folder, tracker)
+            figures = {**result.figures, **part, "oof": measured.figures}
+            result = replace(result, status=measured.status, figures=figures)
+    return result.write(folder.path)
+
+
+def _plan_folder(config: Config, cohort: Cohort) -> Path:
+    return cohort.folder / "plans" / (config.name if config.train.fold is None else f"{config.name}-folds")
+
+
+def _read_plan(config: Config, cohort: Cohort, folder: RunFolder) -> Plan:
+    """The run's own plan, else the cohort's plan for this config if it still fits, else a new one."""
+    from medseg.train.planning import plan_key, plan_to_train
+
+    if (folder.path / "plan.yaml").is_file():
+        return read_plan(folder.path / "plan.yaml")
+    made = _plan_folder(config, cohort) / "plan.yaml"
+    if made.is_file():
+        found = read_plan(made)
+        if found.fingerprint.get("key") == plan_key(config, cohort):
+            return found
+    return plan_to_train(config, cohort)
+
+
+def _same_config(config: Config, folder: RunFolder) -> None:
+    if not (folder.path / "config.yaml").is_file():
+        raise UserError(f"--resume {folder.id}: the run ended before it wrote a config; start a new run.")
+    theirs = load_config(folder.path / "config.yaml")
+    if dump_config(theirs) == dump_config(config):
+        return
+    mine, old = config.model_dump(), theirs.model_dump()
+    field = next(name for name in mine if mine[name] != old[name])
+    raise UserError(
+        f"--resume {folder.id}: field {field!r} of the config differs from the run's; "
+        f"resume with {folder.path / 'config.yaml'}, or start a new run."
+    )
