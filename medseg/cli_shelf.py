@@ -7,9 +7,7 @@ import typer
 
 from medseg.command import CohortDir, Json, ModelArg, Workspace, finish, next_command, workspace_of
 
-models_app = typer.Typer(
-    help="Trained models: list, show, join, prune, calibrate and more.", no_args_is_help=True
-)
+models_app = typer.Typer(help="Trained models: list, show, join, prune, calibrate and more.", no_args_is_help=True)
 data_app = typer.Typer(help="Public datasets: list, show, fetch.", no_args_is_help=True)
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 Affine = NDArray[np.float64]
 
@@ -130,6 +129,8 @@ def resample(
         Array of `shape`; dtype kept for order 0, float32 otherwise. Outside the field of view the edge value is
         repeated for images and 0 is used for labels.
     """
+    from scipy import ndimage  # a third of a second, which most commands need not spend
+
     ndim = array.ndim
     matrix = np.linalg.inv(affine) @ to_affine
     linear, offset = matrix[:ndim, :ndim], matrix[:ndim, 3]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from medseg.ingest.dicom_headers import Header
 from medseg.ingest.scan import Refused
@@ -158,6 +157,8 @@ def upright(volume: Volume, fill: float) -> Volume:
     Returns:
         An orthogonal volume on the same axes; dtype kept, values interpolated linearly within each slice.
     """
+    from scipy import ndimage  # few series are tilted
+
     row, column, step = volume.affine[:3, :3].T
     normal = np.cross(row, column) / np.linalg.norm(np.cross(row, column))
     along = float(step @ normal) * normal

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import dctn
 
 from medseg.cohort import Case, Finding
 from medseg.volume import Volume, to_canonical
@@ -150,8 +149,16 @@ def _perceptual(array: NDArray[Any]) -> str:
         small = np.tensordot(small, _means(array.shape[axis], side), axes=(0, 1))
     if np.ptp(small) == 0:
         return ""
-    low = dctn(small.astype(np.float64), norm="ortho")[(slice(kept),) * array.ndim].reshape(-1)[1:]  # without the mean
+    low = small.astype(np.float64)
+    for _ in range(array.ndim):
+        low = np.tensordot(low, _cosines(side, kept), axes=(0, 1))
+    low = low.reshape(-1)[1:]  # without the mean
     return np.packbits(low > 0).tobytes().hex()
+
+
+def _cosines(length: int, count: int) -> NDArray[np.float64]:
+    """(count, length): the first functions of the discrete cosine transform (DCT-II)."""
+    return np.cos(np.pi * np.arange(count)[:, None] * (np.arange(length) + 0.5) / length)
 
 
 def _means(length: int, count: int) -> NDArray[np.float32]:
