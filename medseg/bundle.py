@@ -256,6 +256,12 @@ def read_weights(bundle: Bundle, name: str = WEIGHTS) -> dict[str, "Tensor"]:
     return weights
 
 
+def check_target(folder: Path) -> None:
+    """A bundle may take the place of nothing and of another bundle only. Raises UserError where it would of more."""
+    if folder.exists() and not (folder / "bundle.json").is_file() and not _is_empty(folder):
+        raise UserError(f"--out {folder} exists and is no bundle; name a new folder.")
+
+
 def package_version() -> str:
     """The installed version of medseg."""
     try:
@@ -267,6 +273,7 @@ def package_version() -> str:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that replaces it when the block ends well."""
+    check_target(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
@@ -283,6 +290,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _numbered(states: "Sequence[Mapping[str, Tensor]]") -> "dict[str, Mapping[str, Tensor]]":
@@ -323,7 +334,7 @@ def _digest(facts: Mapping[str, Any]) -> str:
 def _verify(folder: Path, facts: Any) -> None:
     where = folder / "bundle.json"
     if not isinstance(facts, dict) or facts.get("schema_version") not in (SCHEMA_VERSION, JOINED_VERSION):
-        raise UserError(f"{where} is not of schema version {SCHEMA_VERSION}; train the model with this version.")
+        raise UserError(f"{where} is not of schema version {SCHEMA_VERSION} or {JOINED_VERSION}; train the model with this version.")
     needed = {*_FILES, *(member["weights"] for member in facts.get("members") or ({"weights": WEIGHTS},))}
     if facts.get("sha256") != _digest(facts) or not _whole(facts.get("files"), needed):
         raise UserError(f"{where} was changed since the bundle was made; copy the bundle again from its run.")

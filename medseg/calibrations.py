@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg.bundle import Bundle, load_bundle, with_verdict
+from medseg.bundle import Bundle, check_target, load_bundle, with_verdict
 from medseg.cohort import Case, Cohort, read_cohort
 from medseg.config import Config, apply_override, validate_config
 from medseg.evaluate.calibrate import CannotCalibrate, calibrate
@@ -24,14 +24,17 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
     Where `train.select` is `best`, the same split chose the weights, which makes it a little optimistic: the figures
     that count are those of the test split at the threshold chosen here.
 
+    A fold gets none: its validation cases are those that it is measured on, which a threshold of their own would
+    flatter.
+
     Returns:
-        The figures of the verdict by name; empty for other models, and where the split allows no calibration, which
-        is said on stderr and in the run's tag `medseg.no_verdict`.
+        The figures of the verdict by name; empty for folds and other models, and where the split allows no
+        calibration, which is said on stderr and in the run's tag `medseg.no_verdict`.
     """
     bundle = load_bundle(bundle_dir)
-    cases = [case for case in cohort.cases if case.split == "val"]
-    if bundle.config.task.kind != "classification":
+    if bundle.config.task.kind != "classification" or bundle.config.train.fold is not None:
         return {}
+    cases = [case for case in cohort.cases if case.split == "val"]
     try:
         verdict = calibrate(
             load_network(bundle),
@@ -70,8 +73,11 @@ def run(
         intervals.
 
     Raises:
-        UserError: the model is no classifier, an override is about something else, or the cases allow no calibration.
+        UserError: the model is no classifier, an override is about something else, the cases allow no calibration or
+            were all seen in training, or `out` exists and is no bundle.
     """
+    if out is not None:
+        check_target(out)
     bundle, cohort = load_bundle(model, workspace), read_cohort(cohort_dir)
     config = _config(bundle, overrides)
     cases, split = _cases(bundle, cohort)
@@ -135,9 +141,14 @@ def _config(bundle: Bundle, overrides: Sequence[str]) -> Config:
 
 def _cases(bundle: Bundle, cohort: Cohort) -> tuple[list[Case], str]:
     """What the model was not trained on, and the split that this is; empty for a whole cohort."""
-    if cohort.sha256 == bundle.facts["cohort_sha256"]:
-        return [case for case in cohort.cases if case.split == "val"], "val"
-    return list(cohort.cases), ""
+    if cohort.sha256 != bundle.facts["cohort_sha256"]:
+        return list(cohort.cases), ""
+    if bundle.members or bundle.config.train.fold is not None:
+        raise UserError(
+            f"{cohort.folder}: folds of model {bundle.name!r} were trained on its val split; calibrate on labelled "
+            "cases of another cohort."
+        )
+    return [case for case in cohort.cases if case.split == "val"], "val"
 
 
 def _figures(verdict: Verdict) -> dict[str, float]:

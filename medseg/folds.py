@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medseg.bundle import Bundle, load_bundle, read_weights, save_bundle
+from medseg.bundle import Bundle, check_target, load_bundle, read_weights, save_bundle
 from medseg.cohort import Cohort, take_fold
 from medseg.config import Config, dump_config
 from medseg.evaluate import cross_validation, earned, trust
@@ -88,8 +88,11 @@ def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run
         run_id: identity given from outside; where that run was begun already, it goes on.
 
     Raises:
-        UserError: a model is no fold, or not of the same cross-validation, or its predictions are missing.
+        UserError: a model is no fold, or not of the same cross-validation, or its predictions are missing; `out` exists
+            and is no bundle.
     """
+    if out is not None:
+        check_target(out)
     folds = sorted((_read_fold(model, workspace) for model in models), key=lambda fold: fold.number)
     _check_together(folds)
     first = folds[0].bundle
@@ -220,8 +223,6 @@ def _told(figures: Mapping[str, object], folds: int) -> str:
 
 def _copy(bundle_dir: Path, out: Path) -> Path:
     """The bundle under a second name: copied beside it, then renamed; the hashes are checked when it is loaded."""
-    if out.exists() and not (out / "bundle.json").is_file():
-        raise UserError(f"--out {out} exists and is no bundle; name a new folder.")
     part = out.with_name(f".part-{out.name}")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -148,7 +148,7 @@ def _export_program(folder: Path, out: Path, workspace: Path) -> None:
     from medseg.predict import load_network
 
     bundle = load_bundle(folder, workspace)
-    net = load_network(bundle)
+    net = load_network(bundle, torch.device("cpu"))  # where the program is to run is not known
     image = torch.zeros(1, len(bundle.config.task.channels), *bundle.plan.patch_size)
     with replacing(out) as temporary:
         torch.export.save(torch.export.export(net, (image,)), temporary)

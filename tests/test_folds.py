@@ -10,7 +10,7 @@ import pytest
 import torch
 from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_radiograph_config
 
-from medseg import folds, road
+from medseg import calibrations, folds, road
 from medseg.bundle import load_bundle
 from medseg.cohort import Case, Cohort, assign_folds, read_cohort, take_fold
 from medseg.files import UserError, read_json, read_rows
@@ -250,13 +250,22 @@ def test_only_folds_of_one_cross_validation_are_joined(
 @pytest.mark.slow
 def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     cohort = radiograph_cohort(tmp_path / "cohort")
-    sets = ("train.folds=2", "train.epochs=1")
+    sets = ("train.folds=2", "train.epochs=1", "verdict.min_cases=4", "verdict.min_per_class=2")
     runs = [
         road.train(tiny_radiograph_config(*sets, f"train.fold={fold}"), cohort.folder, tmp_path / "ws").run_id
         for fold in range(2)
     ]
+    assert load_bundle(runs[0], tmp_path / "ws").verdict is None, "it is measured on the cases that would choose it"
     result = folds.join(runs, tmp_path / "ws")
     bundle = load_bundle(result.run_id, tmp_path / "ws")
+    assert bundle.facts["calibration"] is None
+    for model in (runs[0], result.run_id):
+        with pytest.raises(UserError, match="were trained on its val split"):
+            calibrations.run(model, cohort.folder, tmp_path / "ws")
+    elsewhere = radiograph_cohort(tmp_path / "elsewhere", 30)
+    made = load_bundle(calibrations.run(result.run_id, elsewhere.folder, tmp_path / "ws").run_id, tmp_path / "ws")
+    assert made.verdict is not None
+    assert (made.members, made.evidence) == (bundle.members, bundle.evidence)
     assert 0 <= result.figures["oof_auc"] <= 1
     picture = cohort.image_paths(cohort.split("test")[0])[0]
     probs = bundle.predict(picture).probs

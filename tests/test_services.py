@@ -30,7 +30,7 @@ def taken_port() -> Iterator[int]:
 def get(url: str, body: object = None) -> object:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as response:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
         return json.loads(response.read())
 
 
@@ -84,7 +84,7 @@ def test_pair_serves_from_the_workspace_and_a_killed_server_is_noticed(tmp_path:
         check_both_serve(running, workspace)
         mlflow = next(pid for pid in group_members(running.pids["mlflow"]) if pid != running.pids["mlflow"])
         os.kill(mlflow, signal.SIGKILL)
-        assert wait_until(lambda: running.failure() is not None, 15)
+        assert wait_until(lambda: running.failure() is not None, 60)
         cause = str(running.failure())
         assert "MLflow server was killed by SIGKILL" in cause
         assert str(workspace / "logs" / "mlflow.log") in cause
@@ -148,7 +148,7 @@ def test_killing_up_itself_leaves_no_orphan(tmp_path: Path) -> None:
     with up_in_a_shell(tmp_path) as (process, leaders):
         process.kill()
         process.communicate(timeout=60)
-        assert wait_until(lambda: all(group_is_gone(leader) for leader in leaders), 20)
+        assert wait_until(lambda: all(group_is_gone(leader) for leader in leaders), 60)
 
 
 def test_taken_port_is_one_sentence_and_leaves_nothing(tmp_path: Path, taken_port: int) -> None:
@@ -210,7 +210,7 @@ def test_settings_of_remote_servers_do_not_reach_the_local_ones(
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://example.org/mlflow")
     (tmp_path / "show_env.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
     server = services._start("Env", ["show_env"], {"PREFECT_HOME": "x"}, tmp_path, tmp_path / "env.log", "http://x")
-    server.process.wait(20)
+    server.process.wait(60)
     seen = json.loads((tmp_path / "env.log").read_text())
     assert {name for name in seen if name.startswith(("MLFLOW_", "PREFECT_"))} == {"PREFECT_HOME"}
     assert seen["DO_NOT_TRACK"] == "true"
@@ -228,8 +228,8 @@ def guard(command: str, folder: Path) -> "subprocess.Popen[str]":
 
 
 def test_guard_passes_on_the_exit_code_as_a_shell_does(tmp_path: Path) -> None:
-    assert guard("raise SystemExit(7)", tmp_path).wait(20) == 7
-    assert guard("import os; os.kill(os.getpid(), 9)", tmp_path).wait(20) == 128 + 9
+    assert guard("raise SystemExit(7)", tmp_path).wait(60) == 7
+    assert guard("import os; os.kill(os.getpid(), 9)", tmp_path).wait(60) == 128 + 9
 
 
 def test_guard_ends_grandchildren_when_its_pipe_closes(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_guard_ends_grandchildren_when_its_pipe_closes(tmp_path: Path) -> None:
         grandchild = int(process.stdout.readline())
         assert psutil.pid_exists(grandchild)
         process.stdin.close()
-        process.wait(20)
+        process.wait(60)
         assert wait_until(lambda: not is_running(grandchild), 5)
 
 

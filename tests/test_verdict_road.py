@@ -130,6 +130,16 @@ def _folder(place: Path, run_id: str):  # type: ignore[no-untyped-def]
     return find_run(place, run_id)
 
 
+def test_a_folder_that_is_no_bundle_is_never_replaced(trained: tuple[Path, Path, Result], tmp_path: Path) -> None:
+    place, cohort_dir, result = trained
+    kept = tmp_path / "thesis" / "chapter.txt"
+    kept.parent.mkdir()
+    kept.write_text("dear")
+    with pytest.raises(UserError, match="exists and is no bundle"):
+        calibrations.run(result.run_id, cohort_dir, place, out=kept.parent)
+    assert kept.read_text() == "dear"
+
+
 @pytest.mark.parametrize("change", ["one class", "few", "limit"])
 def test_what_cannot_be_calibrated_is_refused(trained: tuple[Path, Path, Result], tmp_path: Path, change: str) -> None:
     place, _, result = trained

@@ -37,16 +37,12 @@ def evaluate(
     if overrides and not audit:
         raise UserError(f"--set {overrides[0]!r}: only an audit takes settings; add --audit, or leave it out.")
     from medseg.evaluate import step
-    from medseg.folds import as_trained
     from medseg.report import step as report_step
     from medseg.tracking import track
 
     bundle = load_bundle(model, workspace)
     config = bundle.config
-    cohort = as_trained(config, read_cohort(cohort_dir))
-    cohort.split(split)
-    if bundle.members and split != "test":
-        raise UserError(f"--split {split}: the joined networks have seen it; its honest figures are those of the card.")
+    cohort = _unseen(bundle, cohort_dir, split)
     folder, known = _run_of(bundle, workspace)
     out = folder.path / "evaluation" / split
     with track(folder, config.tracking, tags={"medseg.evaluated": split}, resume=known) as tracker:
@@ -79,7 +75,8 @@ def audit(
     from medseg.report import step as report_step
     from medseg.tracking import track
 
-    bundle, cohort = load_bundle(model, workspace), read_cohort(cohort_dir)
+    bundle = load_bundle(model, workspace)
+    cohort = _unseen(bundle, cohort_dir, split)
     folder, known = _run_of(bundle, workspace)
     with track(folder, bundle.config.tracking, tags={"medseg.audited": split}, resume=known) as tracker:
         result = _audit(bundle, cohort, folder, tracker, split, overrides)
@@ -100,6 +97,18 @@ def report(target: str, workspace: Path) -> Result:
     if (folder / "config.yaml").is_file():
         settings = load_config(folder / "config.yaml").report
     return step.run(settings, folder)
+
+
+def _unseen(bundle: Bundle, cohort_dir: Path, split: str) -> Cohort:
+    """The cohort with the splits of the model's training. Raises UserError for a split that is empty, or that joined
+    networks have seen."""
+    from medseg.folds import as_trained
+
+    cohort = as_trained(bundle.config, read_cohort(cohort_dir))
+    cohort.split(split)
+    if bundle.members and split != "test":
+        raise UserError(f"--split {split}: the joined networks have seen it; its honest figures are those of the card.")
+    return cohort
 
 
 def _audit(

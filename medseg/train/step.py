@@ -70,7 +70,7 @@ def run(
     training, source, loss = assemble(config, plan, net, train_examples, device)
     if resume:
         resume_training(training, folder.path / "checkpoints")
-    labels = config.task.labels
+    labels, begun = config.task.labels, training.step
     with _stop_between_steps() as stop:
         train_loop(
             training,
@@ -88,7 +88,7 @@ def run(
             on_epoch=partial(_log_epoch, training, folder.path / "history.csv", tracker),
             stop=stop,
         )
-    memory = _hold_contract(plan, device, tracker, training.step)
+    memory = _hold_contract(plan, device, tracker, training.step) if training.step > begun else {}
     if training.best_state is not None:
         training.average.load_state_dict(training.best_state)
     calibration = None

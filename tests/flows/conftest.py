@@ -14,7 +14,7 @@ def prefect_server() -> Iterator[Path]:
     from prefect.settings import get_current_settings
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=90):
+    with prefect_test_harness(server_startup_timeout=240):
         address = get_current_settings().server.database.connection_url
         assert address is not None
         yield Path(address.get_secret_value().rpartition(":///")[2])

@@ -46,7 +46,7 @@ def test_no_planted_mark_leaves_the_scans(
     sources = [f"@{listed}"]
     capfd.readouterr()
     cohort, out = str(workspace / "cohorts" / "c"), str(tmp_path / "out")
-    with prefect_test_harness(server_startup_timeout=90):
+    with prefect_test_harness(server_startup_timeout=240):
         address = get_current_settings().server.database.connection_url
         assert address is not None
         database = Path(address.get_secret_value().rpartition(":///")[2])

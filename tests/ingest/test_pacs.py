@@ -20,7 +20,8 @@ from medseg.ingest.pacs_http import Interrupted, Unreachable, parse_server, spli
 from medseg.volume import Volume
 
 KEY = b"k" * 32
-QUICK = Patience(attempts=3, wait_s=0.01, timeout_s=0.3)
+QUICK = Patience(attempts=3, wait_s=0.01, timeout_s=20)
+HASTY = Patience(attempts=3, wait_s=0.01, timeout_s=1.5)  # for a server that hangs on purpose
 needs_orthanc = pytest.mark.skipif(not INSTALLED, reason="Orthanc with its DICOMweb plugin is not installed")
 
 
@@ -208,7 +209,7 @@ def test_a_transfer_that_breaks_or_stalls_goes_on_and_brings_each_file_once(
 ) -> None:
     url, server = faulty
     server.faults = list(faults)
-    folder = pacs.fetch(url, tmp_path / "spool", KEY, QUICK)
+    folder = pacs.fetch(url, tmp_path / "spool", KEY, HASTY if "hang" in faults else QUICK)
     assert server.faults == []
     fetched = sorted(path.read_bytes() for path in folder.rglob("*.dcm"))
     assert fetched == sorted(path.read_bytes() for path in server.files)
@@ -225,7 +226,7 @@ def test_a_line_that_never_holds_ends_in_a_sentence_and_keeps_what_came(
     url, server = faulty
     server.faults = ["cut", "hang", "hang"]
     with pytest.raises(Unreachable, match="no answer in time, 3 times in a row"):
-        pacs.fetch(url, tmp_path / "spool", KEY, QUICK)
+        pacs.fetch(url, tmp_path / "spool", KEY, HASTY)
     came = len(list((tmp_path / "spool").rglob("*.dcm")))
     assert 0 < came < 5
     server.asked.clear()
