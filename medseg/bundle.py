@@ -334,7 +334,8 @@ def _digest(facts: Mapping[str, Any]) -> str:
 def _verify(folder: Path, facts: Any) -> None:
     where = folder / "bundle.json"
     if not isinstance(facts, dict) or facts.get("schema_version") not in (SCHEMA_VERSION, JOINED_VERSION):
-        raise UserError(f"{where} is not of schema version {SCHEMA_VERSION} or {JOINED_VERSION}; train the model with this version.")
+        known = f"{SCHEMA_VERSION} or {JOINED_VERSION}"
+        raise UserError(f"{where} is not of schema version {known}; train the model with this version.")
     needed = {*_FILES, *(member["weights"] for member in facts.get("members") or ({"weights": WEIGHTS},))}
     if facts.get("sha256") != _digest(facts) or not _whole(facts.get("files"), needed):
         raise UserError(f"{where} was changed since the bundle was made; copy the bundle again from its run.")

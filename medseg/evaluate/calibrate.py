@@ -25,10 +25,10 @@ from medseg.evaluate.calibration import (
     yield_at,
 )
 from medseg.evaluate.scoring import Scorer
-from medseg.evaluate.statistics import Estimate, bootstrap
 from medseg.evaluate.subgroups import auc, read_groups, tabulate
 from medseg.files import UserError
 from medseg.plan import Plan
+from medseg.statistics import Estimate, bootstrap
 from medseg.verdict import Method, Verdict, margins, sigmoid
 
 ISOTONIC_FROM = 500

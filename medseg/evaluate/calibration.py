@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from medseg.evaluate.statistics import Estimate
+from medseg.statistics import Estimate
 from medseg.verdict import sigmoid
 
 Array = NDArray[np.float64]

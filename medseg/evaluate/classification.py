@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from medseg.cohort import Case
 from medseg.evaluate.calibration import brier, ece, nll, reliability
 from medseg.evaluate.outcomes import Outcome, read_result, reason_of
-from medseg.evaluate.statistics import Estimate, bootstrap, proportion
 from medseg.files import UserError
 from medseg.metrics import confusion, roc_auc, roc_curve
+from medseg.statistics import Estimate, bootstrap, proportion
 
 Array = NDArray[np.float64]
 Point = tuple[str, float]  # that class is called when its probability reaches the threshold

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from medseg.evaluate.statistics import summarise
 from medseg.files import UserError
 from medseg.images import read_image
 from medseg.metrics import dice
+from medseg.statistics import summarise
 from medseg.volume import Volume
 
 SMALL_SHARES = (0.01, 0.1)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from medseg.evaluate.outcomes import Outcome
-from medseg.evaluate.statistics import summarise
 from medseg.files import UserError, read_json
 from medseg.images import read_image
 from medseg.metrics import energy_in_mask, pointing_hit
+from medseg.statistics import summarise
 
 FIGURES = ("energy_in_mask", "mask_share", "pointing_hit", "evidence")
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from medseg.cohort import Case, Cohort
 from medseg.evaluate.outcomes import Outcome, read_result, reason_of
-from medseg.evaluate.statistics import summarise
 from medseg.files import UserError
 from medseg.images import read_image
 from medseg.metrics import compare_masks
 from medseg.progress import progress
+from medseg.statistics import summarise
 from medseg.volume import Volume
 
 FIGURES = ("dice", "hd95_mm", "surface_dice", "volume_error_ml")

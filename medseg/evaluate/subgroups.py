@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from medseg.cohort import Case, Cohort
 from medseg.evaluate.calibration import rates
-from medseg.evaluate.statistics import Estimate, bootstrap_auc
 from medseg.files import UserError, read_rows
+from medseg.statistics import Estimate, bootstrap_auc
 
 TABLE = "attributes.csv"
 FACTORS = ("sex", "age", "view")

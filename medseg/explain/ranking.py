@@ -11,8 +11,8 @@ from medseg.config import ExplainChecksConfig, MethodConfig
 from medseg.explain import LAYERLESS, explain_score
 from medseg.explain.passmark import AT_MOST, Explained, measure
 from medseg.explain.perturb import Probe
-from medseg.explain.summary import DRAWS
 from medseg.metrics import pointing_hit
+from medseg.statistics import summarise
 
 Candidate = tuple[str, str]
 """Method and layer."""
@@ -91,17 +91,17 @@ def rank_methods(measured: Mapping[Candidate, Sequence[Figures]], seed: int = 0)
     )
     places_FMN = _places(values_FMN)
     scores_MN = places_FMN.mean(axis=0)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS) / n
+    owners = [f"{number:09d}" for number in range(n)]
     ranked = []
     for row, (candidate, cases) in enumerate(measured.items()):
-        low, high = (float(v) for v in np.percentile(drawn @ scores_MN[row], [2.5, 97.5]))
+        score = summarise(scores_MN[row].tolist(), owners, seed=seed)
         means = {name: [v for case in cases if (v := case.get(name)) is not None] for name in names}
         ranked.append(
             Ranked(
                 *candidate,
-                float(scores_MN[row].mean()),
-                low,
-                high,
+                score.mean,
+                score.ci_low,
+                score.ci_high,
                 n,
                 {name: float(np.mean(found)) for name, found in means.items() if found},
             )

@@ -1,16 +1,15 @@
 """What the explanations of many cases passed, per method and check, with intervals."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medseg.files import read_json
+from medseg import statistics
 
 FILE = "explanation.json"
 """In a prediction folder; the file of the same name in a case's folder is about that case."""
-DRAWS = 2000
 
 
 def summarise(explanations: Iterable[tuple[str, Mapping[str, Any]]], seed: int = 0) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def summarise(explanations: Iterable[tuple[str, Mapping[str, Any]]], seed: int =
         explanations: patient and content of the case's `explanation.json`.
 
     Returns:
-        By `method` (or `method/layer`, where one method was used at several layers): `maps`, `no_evidence`,
+        By `method/layer`: `maps`, `no_evidence`,
         `all_passed` and `checks` by name: `threshold`, `mean` of the values, and as in `share_passing`.
         A map without evidence passes nothing and is not among the `n` of a check.
     """
@@ -34,24 +33,9 @@ def share_passing(passed: Sequence[bool], patients: Sequence[str], seed: int = 0
     """`share` of cases with its 95 % percentile bootstrap interval over patients; None bounds for a single patient."""
     if not passed:
         return {"n": 0, "share": None, "ci_low": None, "ci_high": None}
-    values = np.asarray(passed, dtype=np.float64)
-    _, owner = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    count = int(owner.max()) + 1
-    low = high = None
-    if count > 1:
-        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)[:, owner]
-        low, high = (float(v) for v in np.percentile(drawn @ values / drawn.sum(axis=1), [2.5, 97.5]))
-    return {"n": len(values), "share": float(values.mean()), "ci_low": low, "ci_high": high}
-
-
-def read_summary(predictions: Path) -> dict[str, Any]:
-    """The cohort-level result that the step `explain` left in a prediction folder, small enough for a bundle.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    found: dict[str, Any] = read_json(predictions / FILE)
-    return found
+    found = statistics.summarise(passed, patients, seed=seed)
+    low, high = (None if math.isnan(bound) else bound for bound in (found.ci_low, found.ci_high))
+    return {"n": found.n, "share": found.mean, "ci_low": low, "ci_high": high}
 
 
 def _of_method(group: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> dict[str, Any]:

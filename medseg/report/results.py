@@ -53,6 +53,7 @@ def show_split(folder: Path, name: str, labels: Mapping[str, int], budget: Budge
     tables += [
         table for table in (_trust_table(metrics), _site_table(metrics), _location_table(metrics)) if table is not None
     ]
+    tables += _check_tables(read_mapping(folder / "predictions" / "explanation.json", missing={}))
     roc = metrics.get("roc") or {}
     area = (metrics.get("auc") or {}).get("value")
     pictures = [roc_chart(roc["fpr"], roc["tpr"], area)] if roc.get("fpr") else []
@@ -166,6 +167,28 @@ def _location_table(metrics: Mapping[str, Any]) -> Table | None:
     )
     columns = tuple(metric(name)[0] for name in names)
     return Table("Do the activation maps lie on the finding?", columns, (cells,), (True,) * len(names), note)
+
+
+def _check_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """What the activation maps passed; a table for each method and layer."""
+    tables = []
+    for made_by, found in summary.items():
+        everything = {"mean": None, "threshold": None, **found["all_passed"]}
+        rows = [
+            (words(name.replace("_", " ")), number(facts["mean"], 2), number(facts["threshold"], 2), *_passing(facts))
+            for name, facts in [*found["checks"].items(), ("all of them", everything)]
+        ]
+        bare = found["no_evidence"]
+        note = f"{found['maps']} maps by {made_by}" + (f", {bare} of them without evidence." if bare else ".")
+        columns = ("Check", "Mean", "Mark", "Share of maps that pass", "Maps")
+        tables.append(
+            Table("Do the activation maps pass their checks?", columns, tuple(rows), (False, *[True] * 4), note)
+        )
+    return tables
+
+
+def _passing(facts: Mapping[str, Any]) -> tuple[Cell, Cell]:
+    return estimate({"value": facts["share"], **{k: facts[k] for k in ("ci_low", "ci_high")}}, 2), number(facts["n"])
 
 
 def _case_table(cases: Sequence[Mapping[str, Any]], drawn: set[str], where: str) -> Table:

@@ -17,10 +17,10 @@ from medseg.evaluate.audit.item import judge, worst
 from medseg.evaluate.audit.probe import deal_folds, name_unseen
 from medseg.evaluate.audit.subject import Subject, sample_cases
 from medseg.evaluate.scoring import Scorer
-from medseg.evaluate.statistics import Estimate
 from medseg.files import read_json
 from medseg.images import read_image, write_png
 from medseg.plan import Plan
+from medseg.statistics import Estimate
 from medseg.verdict import Verdict
 from medseg.volume import Volume
 

@@ -12,6 +12,7 @@ import pytest
 
 from medseg.cohort import Case, Cohort, Finding, Reject, write_cohort
 from medseg.config import ReportConfig
+from medseg.explain import summary
 from medseg.files import UserError, read_json, write_json, write_rows, write_text
 from medseg.images import write_nifti, write_png
 from medseg.report import page
@@ -318,6 +319,23 @@ def test_radiographs_and_classes(tmp_path: Path) -> None:
     assert "Other checks: road 0.125 (mark 0), deletion not made: too large (mark 0)." in reader.text
     assert "patient’s right" not in reader.text
     assert any(alt.startswith("ROC curve") for alt in reader.values("alt"))
+
+
+def test_the_page_says_how_many_maps_pass_their_checks(tmp_path: Path) -> None:
+    folder = radiograph_run(tmp_path, evidence=True)
+
+    def about(value: float) -> dict[str, Any]:
+        check = {"value": value, "threshold": 0.5, "passed": value >= 0.5}
+        return {"method": "gradcam", "layer": "last", "evidence": True, "checks": {"energy": check},
+                "passed": check["passed"]}  # fmt: skip
+
+    found = summary.summarise([("p1", about(0.7)), ("p2", about(0.5)), ("p3", about(0.9)), ("p4", about(0.1))])
+    write_json(folder / "evaluation" / "test" / "predictions" / summary.FILE, found)
+    reader = read_page(run(ReportConfig(), folder).paths["report"])
+    rows = reader.table("Share of maps that pass")[1:]
+    assert [[text for text, _ in row][:3] for row in rows] == [["energy", "0.55", "0.50"], ["all of them", "–", "–"]]
+    assert all(row[3][0].startswith("0.75") and row[4][0] == "4" for row in rows)
+    assert "4 maps by gradcam/last." in reader.text
 
 
 def test_empty_map_is_no_evidence(tmp_path: Path) -> None:

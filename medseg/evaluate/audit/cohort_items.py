@@ -14,10 +14,10 @@ from medseg.evaluate.audit import masks
 from medseg.evaluate.audit.item import Item, figures_of, judged, missing
 from medseg.evaluate.audit.probe import name_unseen
 from medseg.evaluate.audit.subject import SEED, Subject
-from medseg.evaluate.statistics import Estimate, aucs, bootstrap_rows, wilson
 from medseg.images import read_image
 from medseg.ingest.duplicates import fingerprint, pairs
 from medseg.progress import progress
+from medseg.statistics import Estimate, aucs, bootstrap_rows, wilson
 
 _SHOWN = 50
 _READERS = 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medseg.config import AuditItem
-from medseg.evaluate.statistics import Estimate
+from medseg.statistics import Estimate
 
 Status = Literal["pass", "fail", "not assessable"]
 Better = Literal["below", "above"]

@@ -14,8 +14,8 @@ from medseg.evaluate.audit.borders import CHANGES
 from medseg.evaluate.audit.cohort_items import name_classes_without_lungs
 from medseg.evaluate.audit.item import Item, figures_of, judged, missing
 from medseg.evaluate.audit.subject import SEED, Subject
-from medseg.evaluate.statistics import Estimate, aucs, bootstrap_rows, summarise
 from medseg.evaluate.subgroups import auc, read_groups, tabulate
+from medseg.statistics import Estimate, aucs, bootstrap_rows, summarise
 from medseg.volume import Volume
 
 Array = NDArray[np.float64]

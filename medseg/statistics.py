@@ -1,4 +1,4 @@
-"""Uncertainty of test figures. The patient is the unit: images of one patient are not independent."""
+"""Uncertainty of figures of many cases. The patient is the unit: images of one patient are not independent."""
 
 import math
 from collections.abc import Callable, Sequence

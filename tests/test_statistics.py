@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from medseg.evaluate.statistics import bootstrap, bootstrap_auc, proportion, summarise, wilson
 from medseg.metrics import roc_auc
+from medseg.statistics import bootstrap, bootstrap_auc, proportion, summarise, wilson
 
 
 def test_wilson_has_its_textbook_values() -> None:
