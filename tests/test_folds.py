@@ -16,6 +16,7 @@ from medseg.cohort import Case, Cohort, assign_folds, read_cohort, take_fold
 from medseg.files import UserError, read_json, read_rows
 from medseg.ledger import read_ledger
 from medseg.models.ensemble import Ensemble
+from medseg.plan import read_plan
 from medseg.predict import Predictor, load_network
 from medseg.predict import step as predict_step
 from medseg.report import step as report_step
@@ -119,6 +120,7 @@ def test_a_fold_is_a_run_of_its_own_measured_on_the_cases_it_has_not_seen(
         assert {row["case_id"] for row in read_rows(out / "cases.csv")} == val
         assert {path.parent.name for path in out.glob("predictions/*/mask.nii.gz")} == val
         bundle = load_bundle(run, workspace)
+        assert bundle.plan == read_plan(cohort_dir / "plans" / "hippocampus-folds" / "plan.yaml"), "one plan for all"
         assert bundle.plan.fingerprint["cases"] == sum(case.split != "test" for case in cohort.cases)
     from mlflow.tracking import MlflowClient
 

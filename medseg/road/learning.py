@@ -1,13 +1,14 @@
 """From scans to a trained model: ingest, plan, train."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from medseg.cohort import Cohort, read_cohort
 from medseg.config import Config, dump_config, load_config
-from medseg.files import UserError
-from medseg.plan import Plan, read_plan
+from medseg.files import DiskError, UserError
+from medseg.plan import Plan, read_plan, write_plan
 from medseg.result import Result
 from medseg.road.sources import at_hand
 from medseg.runs import RunFolder, create_run, find_run
@@ -116,7 +117,11 @@ def _read_plan(config: Config, cohort: Cohort, folder: RunFolder) -> Plan:
         found = read_plan(made)
         if found.fingerprint.get("key") == plan_key(config, cohort):
             return found
-    return plan_to_train(config, cohort)
+    chosen = plan_to_train(config, cohort)
+    if config.train.fold is not None:
+        with suppress(DiskError):  # the other folds take it too: measured again, theirs might differ
+            write_plan(made, chosen)
+    return chosen
 
 
 def _same_config(config: Config, folder: RunFolder) -> None:
