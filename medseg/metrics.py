@@ -138,16 +138,6 @@ def confusion(truth: ArrayLike, pred: ArrayLike, classes: int) -> NDArray[np.int
     return counts
 
 
-def sensitivity_specificity(truth: ArrayLike, score: ArrayLike, threshold: float) -> tuple[float, float]:
-    """Shares of the 1s with score >= threshold and of the 0s below it; NaN for a class without cases."""
-    positive, called = np.asarray(truth).astype(bool), np.asarray(score) >= threshold
-    found, cleared = called[positive], ~called[~positive]
-    return (
-        float(found.mean()) if len(found) else float("nan"),
-        float(cleared.mean()) if len(cleared) else float("nan"),
-    )
-
-
 def energy_in_mask(activation: NDArray[np.floating], mask: Mask) -> float:
     """Share, 0 to 1, of a map's positive values that lies inside a mask; 0 for a map without positive values."""
     energy = np.maximum(activation, 0).astype(np.float64)

@@ -30,7 +30,7 @@ Status = Literal["CREATED", "RUNNING", "FINISHED", "FAILED", "INTERRUPTED"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PACKAGES = (
-    "medseg", "torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK", "pydicom", "highdicom", "mlflow", "prefect",
+    "medseg", "torch", "monai", "numpy", "scipy", "nibabel", "pydicom", "highdicom", "mlflow", "prefect",
 )  # fmt: skip
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # some network file systems have none
 

@@ -3,7 +3,6 @@
 A page is one HTML file that needs nothing else: a content security policy forbids it to load anything.
 """
 
-import html
 import math
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
@@ -164,11 +163,6 @@ def anchor(case_id: str) -> str:
 def render(template: str, **context: Any) -> str:
     """Fill `templates/<template>`; everything is escaped unless it is marked safe."""
     return _environment().get_template(template).render(**context)
-
-
-def escape_attribute(text: str) -> str:
-    """Text for an attribute between double quotes, such as `srcdoc`."""
-    return html.escape(text, quote=True)
 
 
 @cache
