@@ -233,6 +233,7 @@ def test_post_processing_that_the_bundle_speaks_for_is_applied_and_no_other(
         assert ((cleaned == 1).sum(), (cleaned == 2).sum()) == (left, 1)
 
 
+@pytest.mark.slow
 def test_only_folds_of_one_cross_validation_are_joined(
     joined: tuple[Path, Path, list[str], Result], tmp_path: Path
 ) -> None:

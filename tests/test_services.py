@@ -246,7 +246,7 @@ def test_guard_ends_grandchildren_when_its_pipe_closes(tmp_path: Path) -> None:
         assert psutil.pid_exists(grandchild)
         process.stdin.close()
         process.wait(60)
-        assert wait_until(lambda: not is_running(grandchild), 5)
+        assert wait_until(lambda: not is_running(grandchild), 60)
 
 
 def is_running(pid: int) -> bool:

@@ -86,7 +86,7 @@ def test_deployed_twice_is_deployed_once_and_a_worker_runs_it(tmp_path: Path) ->
 
             segmentation_cohort(workspace / "cohorts" / "tiny", 6)
             with worker(services.prefect_api_url, tmp_path / "worker.log"):
-                run = run_deployment(client, "medseg-report/medseg", {"target": "cohorts/tiny"}, 120)
+                run = run_deployment(client, "medseg-report/medseg", {"target": "cohorts/tiny"}, 300)
         assert run.state is not None
         assert run.state.is_completed(), (run.state, (tmp_path / "worker.log").read_text())
         assert (workspace / "cohorts" / "tiny" / "report" / "index.html").is_file()
