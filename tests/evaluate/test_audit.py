@@ -125,6 +125,7 @@ def test_a_marker_that_goes_with_site_and_class_fails_the_audit(marked: Cohort, 
         assert item["ci_low"] is None or item["ci_low"] - 1e-9 <= item["value"] <= item["ci_high"] + 1e-9
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_lungs_on_a_clean_cohort_passes(clean: Cohort) -> None:
     subject = _subject(clean, LungReader())
     assert model_items.auc(subject.probs, subject.truth, subject.patients).value > 0.8, "the reader reads"

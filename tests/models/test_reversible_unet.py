@@ -87,7 +87,10 @@ def test_a_branch_is_the_sum_of_its_pieces(dims: int, resample: str, block: type
     assert expected.shape == (2, 6, *[scale] * dims)
 
 
-@pytest.mark.parametrize(("dtype", "side", "bound"), [(torch.float32, 48, 1e-4), (torch.float64, 16, 1e-10)])
+@pytest.mark.parametrize(
+    ("dtype", "side", "bound"),
+    [pytest.param(torch.float32, 48, 1e-4, marks=pytest.mark.slow), (torch.float64, 16, 1e-10)],
+)
 def test_fifty_steps_give_the_same_losses_in_every_mode(dtype: torch.dtype, side: int, bound: float) -> None:
     # Rounding may move a unit across the kink of its activation; with many positions that moves the loss little.
     x = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(2)).to(dtype)
