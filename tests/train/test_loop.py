@@ -155,7 +155,7 @@ def test_every_shipped_config_trains_two_steps() -> None:
     for path in sorted(resource_dir("configs").glob("*.yaml")):
         config = load_config(path)
         dims, classifies = config.task.spatial_dims, config.task.kind == "classification"
-        size = (64, 64) if dims == 2 else (32, 32, 32)
+        size = (64, 64) if dims == 2 else (16, 16, 16)
         net = build_from_config(
             config.model,
             spatial_dims=dims,
