@@ -368,6 +368,11 @@ def test_values_change_places_and_paths_that_fit_nothing_are_told(tmp_path: Path
     before = label_of("a", (1, 2, 3))
     np.testing.assert_array_equal(label(cohort, cohort.cases[0]), np.array([0, 2, 1, 3], np.uint8)[before])
     with pytest.raises(UserError, match=r"image_path .* fits none of 2 files"):
-        run(load_config("btcv", ["ingest.image_path=/scan"]), [tmp_path / "d"], tmp_path / "none", key=KEY)
+        run(
+            load_config("btcv", ["ingest.image_path=/scan", "ingest.label_path=''"]),
+            [tmp_path / "d"],
+            tmp_path / "none",
+            key=KEY,
+        )
     about = read_json(tmp_path / "out" / "cohort.json")
     assert about["provenance"]["ingest"]["label_values"] == {"1": 2, "2": 1}
