@@ -254,7 +254,7 @@ def show(manifest: Manifest, folder: Path | None = None) -> str:
     lines = [m.title, "=" * len(m.title), "", m.description.strip(), "", f"Home      {m.homepage}"]
     lines += [
         f"Publisher {m.publisher}",
-        f"Cases     {m.layout.cases or 'number not published'}, {m.modality}, {m.kind}",
+        f"Cases     {m.layout.cases or 'number not stated'}, {m.modality}, {m.kind}",
     ]
     named = ", ".join(f"{value} {name}" for name, value in m.labels.items())
     lines.append(f"Labels    {named or 'none published'}")
