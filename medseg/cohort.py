@@ -48,6 +48,8 @@ class Case:
         case_id: unique, safe as a folder name.
         patient_id: pseudonym that ties the cases of one patient together.
         site: where it was acquired; empty when unknown.
+        exam: which of the patient's examinations: its order, or its date (shifted, unless names are kept); empty when
+            unknown.
         split: train, val, test, or empty when not assigned.
         kind: `volume` (i, j, k; NIfTI) or `radiograph` (row, column; PNG).
         modality: DICOM modality (CT, MR, CR, DX), or empty when unknown.
@@ -74,6 +76,7 @@ class Case:
     source_kind: str = ""
     source_sha256: str = ""
     findings: tuple[Finding, ...] = ()
+    exam: str = ""
 
     def to_row(self) -> dict[str, str]:
         """The case as one row of text cells."""
@@ -88,6 +91,7 @@ class Case:
     def from_row(cls, row: Mapping[str, str]) -> "Case":
         """Rebuild a case from `to_row`. Raises UserError naming the column that does not fit."""
         known = {f.name for f in fields(cls)}
+        row = {"exam": "", **row}  # cohorts of before have no such column
         if missing := known - set(row):
             raise UserError(f"cohort.csv lacks column {sorted(missing)[0]!r}; ingest the cohort again.")
         try:

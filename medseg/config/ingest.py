@@ -1,11 +1,14 @@
 """How sources become cases, and cases splits."""
 
 import re
-from typing import Literal
+from string import Formatter
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from medseg.config.fields import Count, Share, Strict
+
+LabelValue = Annotated[int, Field(ge=0, le=65535)]
 
 
 class SplitConfig(Strict):
@@ -49,6 +52,17 @@ class IngestConfig(Strict):
     one folder whose names are otherwise alike, or the series of one study, are one case. `label_name` picks the label
     map among such files in the same way. Both are empty where one file or series holds a whole case.
 
+    `image_path` says which files are images, by a regular expression for their whole path, found anywhere, in any case
+    and with `/` between folders; all others are passed over. Its named groups say what the path tells: `case` (files of
+    one case share it, whatever folders they lie in), `patient`, `exam` (order or date, which tells apart a patient's
+    examinations), and any other that `label_path` needs. `label_path` is where a case's label lies, with such groups
+    in braces, from the folder of `--labels`, else from the folder of the image. Prediction takes what it is given.
+
+    `label_files`: a case's label is one integer `map`, or a folder with a binary mask `one_per_label`, each named like
+    its label in `task.labels`; other masks in it are passed over. `label_values` gives another number to values of a
+    label map ({4: 3}), all at once. `label_grid: image` takes the voxels of a label for those of its image, whatever
+    its header says, for labels that were published with a header that is not true.
+
     `label_threshold` turns a grey mask into a binary one (values above it are 1); `target_names` maps the table's
     class cells to names of `task.labels`; `simulated` says so on every page.
 
@@ -68,6 +82,11 @@ class IngestConfig(Strict):
     tilt: Literal["correct", "refuse"] = "correct"
     channels: dict[str, str] = Field(default={})
     label_name: str = ""
+    image_path: str = ""
+    label_path: str = ""
+    label_files: Literal["map", "one_per_label"] = "map"
+    label_values: dict[LabelValue, LabelValue] = Field(default={})
+    label_grid: Literal["header", "image"] = "header"
     table: TableConfig = TableConfig()
     target_names: dict[str, str] = Field(default={})
     label_threshold: int | None = None
@@ -78,7 +97,7 @@ class IngestConfig(Strict):
     dates: Literal["shift", "drop"] = "shift"
     split: SplitConfig = SplitConfig()
 
-    @field_validator("description", "label_name")
+    @field_validator("description", "label_name", "image_path")
     @classmethod
     def _check_pattern(cls, pattern: str) -> str:
         try:
@@ -102,4 +121,20 @@ class IngestConfig(Strict):
     def _check_label_name(self) -> "IngestConfig":
         if self.label_name and not self.channels:
             raise ValueError("label_name picks among the files of ingest.channels, which is empty")
+        if self.label_name and self.label_path:
+            raise ValueError("label_name and label_path both say where the label map is; give one of them")
         return self
+
+    @model_validator(mode="after")
+    def _check_label_path(self) -> "IngestConfig":
+        try:
+            wanted = {name for _, name, _, _ in Formatter().parse(self.label_path) if name is not None}
+        except ValueError as error:
+            raise ValueError(f"label_path {self.label_path!r} cannot be read ({error})") from error
+        if unknown := sorted(wanted - set(re.compile(self.image_path).groupindex)):
+            raise ValueError(f"label_path names {{{unknown[0]}}}, which is no named group of image_path")
+        return self
+
+    def for_use(self) -> "IngestConfig":
+        """The settings without those that describe where a training set keeps its files."""
+        return self.model_copy(update={"image_path": "", "label_path": ""})

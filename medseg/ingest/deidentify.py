@@ -133,11 +133,13 @@ class Names:
     Attributes:
         keyed: whether the names of NIfTI, PNG and JPEG files are replaced by pseudonyms.
         key: from `load_key`.
+        dates: what becomes of dates in paths.
         places: filled with the true path behind each pseudonym that was given.
     """
 
     keyed: bool
     key: bytes = field(repr=False)
+    dates: Literal["shift", "drop"] = "shift"
     places: dict[str, Path] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -150,8 +152,10 @@ class Names:
 
     def source(self, source: Source) -> Source:
         """The source under the name it has in the cohort; labels are still found by its true names."""
-        if not self.keyed or source.source_kind == "dicom":
+        if not self.keyed:
             return source
+        if source.source_kind == "dicom":
+            return replace(source, exam="")  # its header says it better, and identifies no one
         case_id = pseudonym(self.key, "case", source.case_id)
         self.places[case_id] = source.files[0]
         patient = source.patient_id if source.patient_id != source.case_id else ""
@@ -160,8 +164,15 @@ class Names:
             case_id=case_id,
             name=f"{case_id} ({source.source_kind})",
             patient_id=pseudonym(self.key, "patient", patient),
+            exam=self._exam(source.exam, patient),
             match_names=(source.case_id, *source.match_names),
         )
+
+    def _exam(self, text: str, patient: str) -> str:
+        """A date shifted as the patient's others are; a number of order, months or days as it is; else a pseudonym."""
+        if re.fullmatch(r"\d{4}-?\d{2}-?\d{2}", text):
+            return shifted_date(text.replace("-", ""), self.key, patient) if self.dates == "shift" else ""
+        return text if re.fullmatch(r"[a-zA-Z]{0,3}\d{1,4}", text) else pseudonym(self.key, "exam", text)
 
     def site(self, name: str) -> str:
         """The site as a table names it, or its pseudonym, which is the one of a DICOM institution of that name."""

@@ -1,7 +1,6 @@
 """Fetch a public data set: download, verify, unpack, and write the table that turns it into cases."""
 
 import fcntl
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,11 +98,10 @@ def fetch(manifest: Manifest, out_dir: Path, progress: ByteProgress | None = Non
 
 def case_rows(layout: Layout, folder: Path) -> list[dict[str, str]]:
     """One row per image that fits the layout, in order: image, masks, the named groups of its name, site."""
-    pattern = re.compile(layout.file_name)
     masks = {name: {p.name: p for p in folder.glob(m.replace("{case_id}", "*"))} for name, m in layout.masks.items()}
     rows = []
     for path in sorted(folder.glob(layout.images)):
-        match = pattern.match(path.name)
+        match = layout.match(path, folder)
         if match is None:
             continue
         row = {"image": path.relative_to(folder).as_posix()}

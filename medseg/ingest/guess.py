@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from medseg.config import Config, IngestConfig, ReportConfig, TaskConfig, apply_override, validate_config
 from medseg.files import UserError, read_json, read_rows
-from medseg.ingest.label_maps import label_values
+from medseg.ingest.label_maps import label_files, label_values
 from medseg.ingest.labels import match
 from medseg.ingest.scan import Refused, Source
 from medseg.progress import tracked
@@ -157,12 +158,14 @@ def _label_names(found: Sequence[Source], labels: Path | None, config: IngestCon
     folders = {labels} if labels is not None else {source.label_dir for source in found if source.label_dir}
     declared = [_declared(folder.parent / "dataset.json") for folder in sorted(folders) if folder.is_dir()]
     names = _merged(declared)
+    if config.label_files == "one_per_label":
+        return _structures(maps)
     if config.label_threshold is not None:
         values = {1}
     elif declared and all(declared):
         values = set(names)
     else:
-        values = set(names).union(*_each(_values, maps, "Reading label values"))
+        values = set(names).union(*_each(partial(_values, config=config), maps, "Reading label values"))
     top = max(values, default=1)
     if top > 2 * len(values) + _SPARE_NAMES:
         raise UserError(
@@ -211,10 +214,16 @@ def _slugs(names: Mapping[int, str]) -> dict[str, int]:
     return slugs
 
 
-def _values(label: Path) -> set[int]:
+def _structures(folders: Sequence[Path]) -> dict[str, int]:
+    """The structures that folders of masks hold, numbered in the order of their names."""
+    names = sorted({name for folder in folders for name in label_files(folder)})
+    return {name: value for value, name in enumerate(names, start=1)} or {"label_1": 1}
+
+
+def _values(label: Path, config: IngestConfig) -> set[int]:
     """The values above 0 of one label map; none when it cannot be read, which is told when its case is made."""
     try:
-        return label_values(label) - {0}
+        return label_values(label, config) - {0}
     except Refused:
         return set()
 

@@ -1,5 +1,7 @@
 """Read a label map and hold it against its image and the task: one grid, whole numbers, known values."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,25 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Finding
-from medseg.config import TaskConfig
+from medseg.config import IngestConfig, TaskConfig
 from medseg.ingest.nifti import grid_offset_mm, grid_tolerance_mm, read_channels
 from medseg.ingest.radiograph import read_picture
-from medseg.ingest.scan import Refused
+from medseg.ingest.scan import Refused, stem_of
 from medseg.volume import Volume, from_canonical, to_canonical
 
+LABEL_SUFFIXES = (".nii.gz", ".nii", ".png")
 _SHOWN_VALUES = 5
 
 
-def read_label(
-    path: Path, image: Volume, task: TaskConfig, threshold: int | None
-) -> tuple[Volume, tuple[Finding, ...]]:
+def read_label(path: Path, image: Volume, task: TaskConfig, config: IngestConfig) -> tuple[Volume, tuple[Finding, ...]]:
     """Read the label of a case onto the image's grid; axes may be stored in another order, nothing is interpolated.
 
     Args:
-        path: NIfTI or PNG.
+        path: NIfTI or PNG, or a folder of binary masks where `config.label_files` says so.
         image: first channel of the case.
         task: its label values count for segmentation; a classifier's label map is evidence and may hold any.
-        threshold: values above it become 1, all others 0; None takes the values as they are.
+        config: `label_threshold`, `label_values`, `label_files` and `label_grid` count.
 
     Returns:
         uint8 or uint16 label map with the image's affine, and findings.
@@ -33,24 +34,78 @@ def read_label(
     Raises:
         Refused: unreadable, on another grid (with the offset in mm), fractions, values that the task does not name.
     """
+    findings = []
     try:
-        label = _on_grid(_read(path), image)
-        grey = np.asarray(label.array, dtype=label.array.dtype)  # any numeric type from here on
-        array: NDArray[Any] = _whole_numbers(grey) if threshold is None else np.uint8(1) * (grey > threshold)
+        if config.label_files == "one_per_label":
+            array, overlap = _combined(path, image, task, config)
+            if overlap:
+                message = "Voxels belong to several structures; each has the one with the highest value."
+                findings.append(Finding("label_overlap", "warning", message, overlap, 0))
+        else:
+            array = _values(_on_grid(_read(path), image, config), config)
     except Refused as error:
         raise Refused(error.code, f"Its label: {error.reason}") from error
     values = np.unique(array)
     _check_values(values, task)
-    findings = []
     if values.max() == 0:
         findings.append(Finding("empty_label", "warning", "The label map is empty: no voxel is labelled.", 0, 1))
     dtype = np.uint8 if values.max() <= 255 else np.uint16
     return Volume(np.ascontiguousarray(array, dtype=dtype), image.affine), tuple(findings)
 
 
-def label_values(path: Path) -> set[int]:
-    """The values that a label map holds, 0 to 65535. Raises Refused as `read_label` does."""
-    return {int(value) for value in np.unique(_whole_numbers(_read(path).array))}
+def label_values(path: Path, config: IngestConfig) -> set[int]:
+    """The values of a label map, 0 to 65535, as `config.label_values` has them. Raises Refused as `read_label` does."""
+    found = np.unique(_whole_numbers(_read(path).array))
+    return {int(value) for value in _renumbered(found, config.label_values)}
+
+
+def label_files(path: Path) -> dict[str, Path]:
+    """The mask of each structure by its name, in a folder that holds one file per structure."""
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    return {stem_of(file): file for file in files if file.name.lower().endswith(LABEL_SUFFIXES)}
+
+
+def label_inputs(path: Path, task: TaskConfig, config: IngestConfig) -> list[Path]:
+    """The files that a label is made of."""
+    if config.label_files == "map":
+        return [path]
+    return [file for name, file in label_files(path).items() if name in task.labels]
+
+
+def _combined(path: Path, image: Volume, task: TaskConfig, config: IngestConfig) -> tuple[NDArray[Any], int]:
+    """One label map of the masks of all structures; and how many voxels more than one of them claims."""
+    files = label_files(path)
+    if missing := [name for name in task.labels if name not in files]:
+        raise Refused(
+            "label_incomplete",
+            f"It has no mask of {', '.join(missing[:_SHOWN_VALUES])} ({len(missing)} of {len(task.labels)} missing); "
+            "add an empty mask where a structure is absent, or leave it out of task.labels.",
+        )
+    top = max(task.labels.values())
+    array = np.zeros(image.array.shape, dtype=np.uint8 if top <= 255 else np.uint16)
+    twice = np.zeros(image.array.shape, dtype=np.bool_)
+    for name, value in sorted(task.labels.items(), key=lambda item: item[1]):
+        mask = _values(_on_grid(_read(files[name]), image, config), config) > 0
+        twice |= mask & (array > 0)
+        array[mask] = value
+    return array, int(twice.sum())
+
+
+def _values(label: Volume, config: IngestConfig) -> NDArray[Any]:
+    """Whole numbers of a label map, after the threshold or the renumbering that the config asks for."""
+    grey = np.asarray(label.array, dtype=label.array.dtype)  # any numeric type from here on
+    if config.label_threshold is not None:
+        return np.uint8(1) * (grey > config.label_threshold)
+    return _renumbered(_whole_numbers(grey), config.label_values)
+
+
+def _renumbered(array: NDArray[Any], values: Mapping[int, int]) -> NDArray[Any]:
+    if not values:
+        return array
+    renumbered = array.astype(np.uint16)
+    for old, new in values.items():  # compared with what was read, so that values can change places
+        renumbered[array == old] = new
+    return renumbered
 
 
 def _read(path: Path) -> Volume:
@@ -62,13 +117,17 @@ def _read(path: Path) -> Volume:
     return channels[0]
 
 
-def _on_grid(label: Volume, image: Volume) -> Volume:
+def _on_grid(label: Volume, image: Volume, config: IngestConfig) -> Volume:
     if image.array.ndim != label.array.ndim:
         raise Refused("label_grid", f"It has {label.array.ndim} axes, the image {image.array.ndim}.")
     if image.array.ndim == 2:
         if image.array.shape != label.array.shape:
             raise Refused("label_grid", f"It has shape {label.array.shape}, the image {image.array.shape}.")
         return label
+    if config.label_grid == "image":
+        if image.array.shape != label.array.shape:
+            raise Refused("label_grid", f"It has shape {label.array.shape}, the image {image.array.shape}.")
+        return replace(label, affine=image.affine)
     limit = grid_tolerance_mm(image)
     offset = grid_offset_mm(image, label)
     if offset is None or offset > limit:

@@ -14,16 +14,16 @@ from pathlib import Path
 from medseg.cohort import SPLITS, Reject
 from medseg.config import IngestConfig, TaskConfig
 from medseg.files import UserError, read_rows
+from medseg.ingest.label_maps import LABEL_SUFFIXES
 from medseg.ingest.scan import Source, stem_of
 
-_SUFFIXES = (".nii.gz", ".nii", ".png")
 _ENDINGS = ("", "_seg", "_label", "_labels", "_mask", "_dseg")
 _NOT_GIVEN = "no_label"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the labels say about one case; empty where they say nothing."""
+    """What the labels say about one case; empty where they say nothing. The label may be a folder of masks."""
 
     label: Path | None = field(default=None, repr=False)
     target: str = ""
@@ -48,15 +48,42 @@ def match(sources: Sequence[Source], labels: Path | None, config: IngestConfig, 
     Raises:
         UserError: the labels do not exist, are empty, or the table lacks a column or contradicts itself.
     """
+    if config.label_path and (labels is None or labels.is_dir()):
+        return _match_paths(sources, labels, config)
+    if config.label_files == "one_per_label" and (labels is None or labels.is_dir()):
+        raise UserError("ingest.label_files 'one_per_label' needs ingest.label_path: where each case's folder lies.")
     if labels is None:
         return _match_layouts(sources)
     if labels.is_dir():
-        return _match_folder(sources, labels, named=labels.name)
+        return _match_folder(sources, labels)
     if not labels.is_file():
         raise UserError(f"labels {labels} do not exist; give a folder of label files, or a CSV.")
     if labels.suffix.lower() != ".csv":
         raise UserError(f"labels {labels} are neither a folder nor a .csv table.")
     return _match_table(sources, labels.absolute(), config, task)
+
+
+def _match_paths(sources: Sequence[Source], folder: Path | None, config: IngestConfig) -> Matched:
+    """Labels at the places that `ingest.label_path` says; in a folder of labels, what no image means is a reject."""
+    places = {s.case_id: _absolute((folder or s.files[0].parent) / s.label_path) for s in sources}
+    uses = Counter(places.values())
+    pairs, rejects = [], []
+    for source in sources:
+        place = places[source.case_id]
+        if not _is_label(place, config):
+            reason = "Nothing lies where ingest.label_path says; add its label, or correct the setting."
+            rejects.append(Reject(source.name, _NOT_GIVEN, reason))
+        elif uses[place] > 1:
+            rejects.append(_ambiguous(source, uses[place]))
+        else:
+            pairs.append((source, Truth(label=place)))
+    if folder is not None and config.label_files == "map":
+        rejects += _without_image(_label_files(folder), folder, set(map(str, places.values())))
+    return pairs, rejects
+
+
+def _is_label(path: Path, config: IngestConfig) -> bool:
+    return path.is_dir() if config.label_files == "one_per_label" else path.is_file()
 
 
 def _match_layouts(sources: Sequence[Source]) -> Matched:
@@ -72,20 +99,14 @@ def _match_layouts(sources: Sequence[Source]) -> Matched:
     ]
     for folder, members in by_folder.items():
         assert folder is not None
-        found, refused = _match_folder(members, folder, named=folder.name)
+        found, refused = _match_folder(members, folder)
         pairs += found
         rejects += refused
     return pairs, rejects
 
 
-def _match_folder(sources: Sequence[Source], folder: Path, named: str) -> Matched:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.lower().endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
-    )
-    if not files:
-        raise UserError(f"labels {folder} hold no .nii, .nii.gz or .png file; check the path.")
+def _match_folder(sources: Sequence[Source], folder: Path) -> Matched:
+    files = _label_files(folder)
     by_stem: dict[str, Path] = {}
     for file in files:
         if (other := by_stem.setdefault(stem_of(file), file)) != file:
@@ -99,16 +120,34 @@ def _match_folder(sources: Sequence[Source], folder: Path, named: str) -> Matche
             reason = "No label file is named like this image; add its label, or leave the image out."
             rejects.append(Reject(source.name, _NOT_GIVEN, reason))
         elif uses[path] > 1:
-            reason = f"{uses[path]} images fit one label file; name each label like its own image."
-            rejects.append(Reject(source.name, "ambiguous_label", reason))
+            rejects.append(_ambiguous(source, uses[path]))
         else:
             pairs.append((source, Truth(label=path)))
+    return pairs, [*rejects, *_without_image(files, folder, set(map(str, uses)))]
+
+
+def _label_files(folder: Path) -> list[Path]:
+    files = sorted(
+        path
+        for path in folder.absolute().rglob("*")
+        if path.name.lower().endswith(LABEL_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    )
+    if not files:
+        raise UserError(f"labels {folder} hold no .nii, .nii.gz or .png file; check the path.")
+    return files
+
+
+def _ambiguous(source: Source, images: int) -> Reject:
+    reason = f"{images} images fit one label file; name each label like its own image."
+    return Reject(source.name, "ambiguous_label", reason)
+
+
+def _without_image(files: Sequence[Path], folder: Path, used: set[str]) -> Iterator[Reject]:
     for file in files:
-        if file not in uses:
+        if str(file) not in used and str(_absolute(file)) not in used:
             reason = "No image is named like this label; add the image, or remove the label."
-            name = f"{named}/{file.relative_to(folder).as_posix()}"
-            rejects.append(Reject(name, "label_without_image", reason))
-    return pairs, rejects
+            name = f"{folder.name}/{file.relative_to(folder.absolute()).as_posix()}"
+            yield Reject(name, "label_without_image", reason)
 
 
 def _label_for(source: Source, by_stem: Mapping[str, Path]) -> Path | None:
@@ -141,7 +180,7 @@ def _match_table(sources: Sequence[Source], table: Path, config: IngestConfig, t
             raise UserError(f"{table}: lines {used[source.case_id]} and {number} name one image, {cell!r}; keep one.")
         used[source.case_id] = number
         truth = _truth(row, columns, table, number, config)
-        reject = _lacking(source, truth, columns, task, number)
+        reject = _lacking(source, truth, columns, task, config, number)
         if reject is None:
             pairs.append((source, truth))
         else:
@@ -184,8 +223,10 @@ def _truth(row: Mapping[str, str], columns: Mapping[str, str], table: Path, numb
     )
 
 
-def _lacking(source: Source, truth: Truth, columns: Mapping[str, str], task: TaskConfig, number: int) -> Reject | None:
-    if truth.label is not None and not truth.label.is_file():
+def _lacking(
+    source: Source, truth: Truth, columns: Mapping[str, str], task: TaskConfig, config: IngestConfig, number: int
+) -> Reject | None:
+    if truth.label is not None and not _is_label(truth.label, config):
         reason = "Its label file does not exist; correct ingest.table.label or the table."
         return Reject(source.name, "label_not_found", reason)
     if task.kind == "segmentation":
@@ -207,7 +248,7 @@ def _lacking(source: Source, truth: Truth, columns: Mapping[str, str], task: Tas
 def _other_files(row: Mapping[str, str], folder: Path, image_column: str) -> Iterator[Path]:
     """Files that a row names outside its image column: masks and the like, which are no images of their own."""
     for column, cell in row.items():
-        if column != image_column and cell and cell.lower().endswith(_SUFFIXES):
+        if column != image_column and cell and cell.lower().endswith(LABEL_SUFFIXES):
             yield _absolute(folder / cell)
 
 

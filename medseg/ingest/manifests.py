@@ -100,15 +100,17 @@ class Layout(_Strict):
 
     Attributes:
         images: glob, relative to the folder of the set, of one image per case.
-        file_name: regular expression of an image's file name; its named groups become columns. `case_id` and
-            `patient_id` are required; the group named as `target` is the class.
+        file_name: regular expression of an image's file name, or of its path from the folder of the set when it holds
+            a `/`; its named groups become columns. `case_id` and `patient_id` are required; the group named as
+            `target` is the class.
         target: the group that holds the class, as the text of a value in `labels`; null for segmentation.
-        labels: path of a case's label map, with `{case_id}`; null for classification.
+        labels: path of a case's label map, or of its folder of masks, with `{case_id}`; null for classification, and
+            where the publisher has none.
         masks: other masks by name, as paths with `{case_id}`; a case may lack one.
         mask_threshold: a mask is where its grey value is above this.
         site: where all cases were acquired; empty when mixed or unknown.
         case_table: whether `fetch` writes `cases.csv` (image, masks, groups, site) for `medseg ingest --labels`.
-        cases: number of images that the publisher names. class_cases: the same by class.
+        cases: number of images that the publisher names; null when unknown. class_cases: the same by class.
         orphans: files known to lack their partner.
     """
 
@@ -120,7 +122,7 @@ class Layout(_Strict):
     mask_threshold: int | None = None
     site: str = ""
     case_table: bool = False
-    cases: Count
+    cases: Count | None = None
     class_cases: Mapping[str, Count] = {}
     orphans: tuple[Orphan, ...] = ()
 
@@ -139,16 +141,21 @@ class Layout(_Strict):
     def _check_together(self) -> "Layout":
         if self.target is not None and self.target not in re.compile(self.file_name).groupindex:
             raise ValueError(f"target {self.target!r} is no named group of file_name")
-        if (self.target is None) == (self.labels is None):
+        if self.target is not None and self.labels is not None:
             raise ValueError("give labels for segmentation, or target for classification")
         return self
 
+    def match(self, image: Path, folder: Path) -> re.Match[str] | None:
+        """What the name of an image below `folder` tells; None when it is not one of the cases."""
+        text = image.relative_to(folder).as_posix() if "/" in self.file_name else image.name
+        return re.match(self.file_name, text)
+
 
 class IngestCommand(_Strict):
-    """The next step. `{folder}` in `command` stands for the folder of the set."""
+    """The next step; `{folder}` in `command` is the folder of the set. A null `config`: there is nothing to learn."""
 
     command: Annotated[str, Field(pattern=r"^medseg ingest .*\{folder\}")]
-    config: FileName
+    config: FileName | None = None
     notes: tuple[Text, ...] = ()
 
 
@@ -165,7 +172,7 @@ class Manifest(_Strict):
     citations: tuple[Citation, ...] = Field(min_length=1)
     terms: Terms
     files: tuple[RemoteFile, ...] = Field(min_length=1)
-    labels: Mapping[Text, Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    labels: Mapping[Text, Annotated[int, Field(ge=0)]] = {}
     layout: Layout
     ingest: IngestCommand
     notes: tuple[Text, ...] = ()
@@ -174,6 +181,10 @@ class Manifest(_Strict):
     def _check_together(self) -> "Manifest":
         if self.layout.class_cases and set(self.layout.class_cases) != set(self.labels):
             raise ValueError("layout.class_cases must name the classes of labels")
+        if bool(self.labels) != bool(self.layout.labels or self.layout.target):
+            raise ValueError("give labels together with layout.labels or layout.target, or none of them")
+        if self.labels and self.ingest.config is None:
+            raise ValueError("give ingest.config: the labels are learnt by one")
         return self
 
     @property
@@ -227,11 +238,11 @@ def list_manifests(manifests: Mapping[str, Manifest]) -> list[dict[str, object]]
             "title": m.title,
             "kind": m.kind,
             "modality": m.modality,
-            "cases": m.layout.cases,
+            "cases": m.layout.cases or "",
             "size_bytes": m.size_bytes,
             "terms": m.terms.name,
             "registration": m.needs_registration,
-            "config": m.ingest.config,
+            "config": m.ingest.config or "",
         }
         for m in manifests.values()
     ]
@@ -241,8 +252,12 @@ def show(manifest: Manifest, folder: Path | None = None) -> str:
     """The manifest as text for a person; `folder` is where the set lies or will lie."""
     m = manifest
     lines = [m.title, "=" * len(m.title), "", m.description.strip(), "", f"Home      {m.homepage}"]
-    lines += [f"Publisher {m.publisher}", f"Cases     {m.layout.cases}, {m.modality}, {m.kind}"]
-    lines.append("Labels    " + ", ".join(f"{value} {name}" for name, value in m.labels.items()))
+    lines += [
+        f"Publisher {m.publisher}",
+        f"Cases     {m.layout.cases or 'number not stated'}, {m.modality}, {m.kind}",
+    ]
+    named = ", ".join(f"{value} {name}" for name, value in m.labels.items())
+    lines.append(f"Labels    {named or 'none published'}")
     lines += ["", f"Terms: {m.terms.name}" + (f" ({m.terms.url})" if m.terms.url else "")]
     lines += [f"  - {duty}" for duty in m.terms.obliges]
     lines += ["", "Cite:", *(f"  - {c.text}" + (f" doi:{c.doi}" if c.doi else "") for c in m.citations)]

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from medseg.cohort import Reject
@@ -24,7 +24,8 @@ class File:
         root: the folder that was given.
         label_dir: the folder of the labels, where the layout of a data set says so.
         channel_suffix: `_0000`, `_0001` at the end of its name count channels.
-        patient: as the layout says; may identify.
+        patient, exam: as the layout says; may identify.
+        groups: what `ingest.image_path` reads from the path.
     """
 
     path: Path
@@ -32,6 +33,12 @@ class File:
     label_dir: Path | None = None
     channel_suffix: bool = False
     patient: str = ""
+    exam: str = ""
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def label_path(self, config: IngestConfig) -> str:
+        """Where the label lies, from the folder of the labels or of this file; empty where no setting says so."""
+        return config.label_path.format_map(self.groups)
 
 
 Cases = dict[tuple[Path, str], list[File]]  # by folder and stem
@@ -54,9 +61,11 @@ def plain_sources(files: list[File], config: IngestConfig) -> Iterator[Source | 
         stem = stem_of(file.path)
         if file.channel_suffix and re.search(r"_\d{4}$", stem):
             stem = stem[:-5]
-        cases.setdefault((file.path.parent, stem), []).append(file)
+        case = file.groups.get("case")
+        cases.setdefault((file.root, case) if case else (file.path.parent, stem), []).append(file)
     for case_id, ((folder, stem), members) in zip(_case_ids(cases), cases.items(), strict=True):
-        yield _source(case_id, stem, members, labels.get((folder, stem)))
+        source = _source(case_id, stem, members, labels.get((folder, stem)))
+        yield replace(source, label_path=members[0].label_path(config))
 
 
 def _source(case_id: str, stem: str, members: list[File], label: Path | None) -> Source:
@@ -73,6 +82,7 @@ def _source(case_id: str, stem: str, members: list[File], label: Path | None) ->
         label_dir=first.label_dir,
         match_names=tuple(dict.fromkeys((stem, *bids))),
         label=label,
+        exam=first.exam,
     )
 
 
@@ -91,8 +101,9 @@ def _join(
         if match is None:
             yield Reject(name_of(file), "no_channel", "Its name matches none of ingest.channels.")
             continue
-        folder = file.path.parent
-        parts = found.setdefault((folder, match[1] or folder.name), {})
+        case = file.groups.get("case")
+        folder = file.root if case else file.path.parent
+        parts = found.setdefault((folder, case or match[1] or folder.name), {})
         parts.setdefault(match[0], []).append(file)
     for (folder, stem), parts in found.items():
         files = [file for members in parts.values() for file in members]

@@ -49,6 +49,8 @@ class Source:
         parts: the series of a case whose channels are series of their own, in order of `task.channels`; `files` then
             holds the files of all.
         label: the label map that lies beside the channels, where `ingest.label_name` picks it.
+        label_path: `ingest.label_path` with the groups of this case's path filled in.
+        exam: order or date of the examination among those of its patient, as the path says; may identify.
     """
 
     case_id: str
@@ -66,6 +68,8 @@ class Source:
     windowed: bool = False
     parts: tuple["Source", ...] = field(default=(), repr=False)
     label: Path | None = field(default=None, repr=False)
+    label_path: str = field(default="", repr=False)
+    exam: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

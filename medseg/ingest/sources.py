@@ -66,11 +66,13 @@ def discover(
     files: list[File] = []
     rejects: list[Reject] = []
     for source in sources:
-        found = list(_walk(_existing(source), unpack_dir, rejects))
+        found = list(_walk(_existing(source), unpack_dir, rejects, layouts=not config.image_path))
         if not found and not rejects:
             raise UserError(f"{source} is empty; give a folder, file or archive with DICOM, NIfTI, PNG or JPEG.")
         files += found
     files = list({file.path.resolve(): file for file in files}.values())
+    if config.image_path:
+        files = _chosen(files, config.image_path)
     found_sources, refused, passed_over = _recognise(files, config, key, {} if places is None else places)
     rejects += refused
     if not found_sources and not rejects:
@@ -125,19 +127,32 @@ def _existing(source: Path) -> Path:
     return source.absolute()
 
 
-def _walk(path: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[File]:
+def _chosen(files: list[File], pattern: str) -> list[File]:
+    """The files that `ingest.image_path` means, each with what its path tells."""
+    chosen = []
+    for file in files:
+        if match := re.search(pattern, file.path.as_posix(), re.IGNORECASE):
+            groups = match.groupdict(default="")
+            patient, exam = groups.get("patient", ""), groups.get("exam", "")
+            chosen.append(replace(file, patient=patient, exam=exam, groups=groups))
+    if not chosen:
+        raise UserError(f"ingest.image_path {pattern!r} fits none of {len(files)} files; correct it, or the source.")
+    return chosen
+
+
+def _walk(path: Path, unpack_dir: Path | None, rejects: list[Reject], *, layouts: bool) -> Iterator[File]:
     """All files that may be images below one given path, archives unpacked; a nested archive may be refused."""
     if archives.is_archive(path):
-        yield from _walk_folder(_unpack(path, unpack_dir), unpack_dir, rejects)
+        yield from _walk_folder(_unpack(path, unpack_dir), unpack_dir, rejects, layouts)
     elif path.is_file() and path.name.upper() == "DICOMDIR":
         yield from (File(file, path.parent) for file in _listed(path, path.parent, rejects))
     elif path.is_file():
         yield File(path, path.parent)
     else:
-        yield from _walk_folder(path, unpack_dir, rejects)
+        yield from _walk_folder(path, unpack_dir, rejects, layouts)
 
 
-def _walk_folder(root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[File]:
+def _walk_folder(root: Path, unpack_dir: Path | None, rejects: list[Reject], layouts: bool) -> Iterator[File]:
     folders, seen = [root], set()
     while folders:
         folder = folders.pop()
@@ -145,14 +160,14 @@ def _walk_folder(root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> 
         if identity in seen:  # a link that leads in a circle
             continue
         seen.add(identity)
-        if (layout := _layout_files(folder, root)) is not None:
+        if layouts and (layout := _layout_files(folder, root)) is not None:
             yield from layout
             continue
         for entry in _entries(folder):
             if entry.is_dir():
                 folders.append(entry)
             elif archives.is_archive(entry):
-                yield from _walk_nested(entry, root, unpack_dir, rejects)
+                yield from _walk_nested(entry, root, unpack_dir, rejects, layouts)
             elif entry.is_file():
                 if entry.name.upper() == "DICOMDIR":
                     _listed(entry, root, rejects)  # the walk finds the files; this finds what is missing
@@ -175,14 +190,16 @@ def _listed(path: Path, root: Path, rejects: list[Reject]) -> list[Path]:
     return found
 
 
-def _walk_nested(archive: Path, root: Path, unpack_dir: Path | None, rejects: list[Reject]) -> Iterator[File]:
+def _walk_nested(
+    archive: Path, root: Path, unpack_dir: Path | None, rejects: list[Reject], layouts: bool
+) -> Iterator[File]:
     """Files of an archive found in a folder: when it is refused, the rest of the folder still counts."""
     try:
         inner = _unpack(archive, unpack_dir)
     except UserError as error:
         rejects.append(Reject(archive.relative_to(root).as_posix(), "archive_refused", str(error)))
         return
-    yield from _walk_folder(inner, unpack_dir, rejects)
+    yield from _walk_folder(inner, unpack_dir, rejects, layouts)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -202,13 +219,19 @@ def _layout_files(folder: Path, root: Path) -> list[File] | None:
             return [File(path, root, folder / labels, suffixed) for path in paths]
     subjects = sorted(path for path in folder.glob("sub-*") if path.is_dir())
     found = [
-        File(path, root, patient=subject.name)
+        File(path, root, patient=subject.name, exam=_session(path.relative_to(root)))
         for subject in subjects
         for pattern in ("anat/*_T1w.nii*", "ses-*/anat/*_T1w.nii*")
         for path in sorted(subject.glob(pattern))
         if _wanted(path)
     ]
     return found or None
+
+
+def _session(path: Path) -> str:
+    """The name of the BIDS session that a file belongs to, without `ses-`; empty where there is none."""
+    sessions = [part.removeprefix("ses-") for part in path.parts if part.startswith("ses-")]
+    return sessions[-1] if sessions else ""
 
 
 def _wanted(path: Path) -> bool:
@@ -256,14 +279,19 @@ def _recognise(
             passed_over += 1
     sources, refused, folders = dicom.group(headers, config, key)
     places.update(folders)
-    label_dirs = {file.path: file.label_dir for file in candidates}
-    sources = [replace(source, label_dir=label_dirs[source.files[0]]) for source in sources]
+    by_path = {file.path: file for file in candidates}
+    sources = [_placed(source, by_path[source.files[0]], config) for source in sources]
     for made in plain_sources(plain, config):
         if isinstance(made, Reject):
             rejects.append(made)
         else:
             sources.append(made)
     return sources, [*rejects, *refused], passed_over
+
+
+def _placed(source: Source, file: File, config: IngestConfig) -> Source:
+    """A DICOM source with what the place of its first file tells."""
+    return replace(source, label_dir=file.label_dir, label_path=file.label_path(config), exam=file.exam)
 
 
 def _read_channels(source: Source) -> tuple[tuple[Volume, ...], tuple[Finding, ...]]:

@@ -25,17 +25,18 @@ from medseg.ingest.deidentify import Names
 from medseg.ingest.dicom_headers import read_dataset
 from medseg.ingest.duplicates import Fingerprint
 from medseg.ingest.guess import Draft
-from medseg.ingest.label_maps import read_label
+from medseg.ingest.label_maps import label_inputs, read_label
 from medseg.ingest.labels import Truth, match
 from medseg.ingest.pseudonyms import pseudonym, record_places
 from medseg.ingest.radiograph import write_radiograph_png
-from medseg.ingest.scan import Refused, Scan, Source
+from medseg.ingest.scan import Refused, Scan, Source, stem_of
 from medseg.ingest.sources import discover, read_source
 from medseg.progress import progress
 from medseg.result import Result
 from medseg.volume import Volume, orientation_code
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
+_RULES = {"modality", "refuse", "dates", "label_threshold", "label_files", "label_values", "label_grid"}
 _WORKERS = 4
 
 
@@ -73,7 +74,7 @@ def run(
     with _unpacking(cohort_dir / ".unpacked") as unpack_dir:
         places: dict[str, Path] = {}
         found, rejects = discover(sources, config.ingest, key=key, unpack_dir=unpack_dir, places=places)
-        names = Names(config.ingest.names == "keyed", key)
+        names = Names(config.ingest.names == "keyed", key, config.ingest.dates)
         found = [names.source(source) for source in found]
         if isinstance(config, Draft):
             config = config.settle(found, labels)
@@ -176,7 +177,8 @@ class _CaseMaker:
             return error.reject(source.name)
         patient = pseudonym(self.key, "patient", truth.patient) or source.patient_id or source.case_id
         site = self.names.site(truth.site) or source.site
-        return replace(case, patient_id=patient, site=site, split=truth.split, target=truth.target)
+        exam = source.exam or case.exam  # else the date of a DICOM study, as the record has it
+        return replace(case, patient_id=patient, site=site, exam=exam, split=truth.split, target=truth.target)
 
     def _write(self, source: Source, truth: Truth, digest: str) -> Case:
         scan = read_source(source)
@@ -184,8 +186,7 @@ class _CaseMaker:
         findings = quality.check(scan, self.config.ingest)
         label = None
         if truth.label is not None:
-            task, threshold = self.config.task, self.config.ingest.label_threshold
-            label, found = read_label(truth.label, scan.channels[0], task, threshold)
+            label, found = read_label(truth.label, scan.channels[0], self.config.task, self.config.ingest)
             findings += found
         (self.folder / "cohort.json").unlink(missing_ok=True)  # the tables no longer tell the truth
         self._record(source.case_id).unlink(missing_ok=True)
@@ -193,11 +194,12 @@ class _CaseMaker:
         label_name = self._write_label(scan, label)
         case = _case(scan, images, label_name, findings)
         self.prints[case.case_id] = found_print = duplicates.fingerprint(scan.channels[0])
-        record = {"version": RECORD_VERSION, "inputs": digest, "case": case.to_row(), "image": found_print.to_json()}
+        record: dict[str, object] = {"version": RECORD_VERSION, "inputs": digest, "image": found_print.to_json()}
         if scan.source_kind == "dicom":
             header = read_dataset(scan.source_files[0], stop_before_pixels=True, specific_tags=deidentify.READ_TAGS)
-            record["acquisition"] = deidentify.acquisition(header, self.key, self.config.ingest.dates)
-        write_json(self._record(case.case_id), record)
+            record["acquisition"] = kept = deidentify.acquisition(header, self.key, self.config.ingest.dates)
+            case = replace(case, exam=str(kept.get("StudyDate", "")))
+        write_json(self._record(case.case_id), {**record, "case": case.to_row()})
         return case
 
     def _check_task(self, scan: Scan) -> None:
@@ -238,13 +240,13 @@ class _CaseMaker:
         settings = {
             "version": RECORD_VERSION,
             "task": self.config.task.model_dump(mode="json"),
-            "label_threshold": self.config.ingest.label_threshold,
             "modality": source.modality,
-            "rules": self.config.ingest.model_dump(mode="json", include={"modality", "refuse", "dates"}),
+            "rules": self.config.ingest.model_dump(mode="json", include=_RULES),
             "windowed": source.windowed,
         }
         try:
-            inputs = [sha256_files(source.files), sha256_file(truth.label) if truth.label else ""]
+            masks = label_inputs(truth.label, self.config.task, self.config.ingest) if truth.label else []
+            inputs = [sha256_files(source.files), [[stem_of(mask), sha256_file(mask)] for mask in masks]]
         except OSError as error:
             raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
         text = dump_json([settings, inputs, [path.suffix for path in source.files[:1]]])

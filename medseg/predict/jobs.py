@@ -70,7 +70,7 @@ def source_jobs(
         UserError: a path does not exist, or holds no image at all.
     """
     key = load_key(workspace / "pseudonym.key") if workspace is not None else b""
-    config = bundle.config.ingest
+    config = bundle.config.ingest.for_use()
     places: dict[str, Path] = {}
     sources, rejects = discover(paths, config, key=key, unpack_dir=unpack_dir, places=places)
     names = Names.of_scans(sources, rejects, key)

@@ -101,7 +101,7 @@ class Predictor:
 
     def predict_file(self, path: Path) -> Prediction:
         """Predict the one scan at `path`. Raises UserError when there is not exactly one usable scan."""
-        sources, rejects = discover([path], self.bundle.config.ingest)
+        sources, rejects = discover([path], self.bundle.config.ingest.for_use())
         if len(sources) != 1:
             why = rejects[0].reason if rejects and not sources else f"it holds {len(sources)} scans"
             raise UserError(f"{path}: {why}; give one scan, or use `medseg predict` for many.")

@@ -103,7 +103,7 @@ def _explain(
 
     config = bundle.config
     return step.run(
-        config.explain, net, bundle.plan, bundle.labels, scans, split, predictions=out, ingest=config.ingest
+        config.explain, net, bundle.plan, bundle.labels, scans, split, predictions=out, ingest=config.ingest.for_use()
     )
 
 
