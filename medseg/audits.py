@@ -49,8 +49,8 @@ def run(
         overrides: `audit.field=value` for the fields of `SETTABLE`.
 
     Raises:
-        UserError: the model is no classifier of radiographs in two or more classes, an override sets a limit, or the
-            cases hold one class only.
+        UserError: the model is no classifier of radiographs in two or more classes that exclude each other, an override
+            sets a limit, or the cases hold one class only.
     """
     config = _settings(bundle, overrides)
     subject = _subject(bundle, cohort, split, config, folder.workspace)
@@ -80,6 +80,11 @@ def _settings(bundle: Bundle, overrides: Sequence[str]) -> AuditConfig:
     task = bundle.config.task
     if task.kind != "classification" or task.spatial_dims != 2:
         raise UserError(f"model {bundle.name!r} is no classifier of radiographs; the audit is made for these.")
+    if task.multi_label:
+        raise UserError(
+            f"model {bundle.name!r} has task.multi_label true, and an audit is about one class; train and audit a "
+            "model of the label in question."
+        )
     tree = bundle.config.model_dump(mode="json")
     for override in overrides:
         name = override.partition("=")[0].removeprefix("audit.")

@@ -28,11 +28,12 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
     flatter.
 
     Returns:
-        The figures of the verdict by name; empty for folds and other models, and where the split allows no
-        calibration, which is said on stderr and in the run's tag `medseg.no_verdict`.
+        The figures of the verdict by name; empty for folds, labels that are not exclusive and other models, and where
+        the split allows no calibration, which is said on stderr and in the run's tag `medseg.no_verdict`.
     """
     bundle = load_bundle(bundle_dir)
-    if bundle.config.task.kind != "classification" or bundle.config.train.fold is not None:
+    task = bundle.config.task
+    if task.kind != "classification" or task.multi_label or bundle.config.train.fold is not None:
         return {}
     cases = [case for case in cohort.cases if case.split == "val"]
     try:
@@ -131,6 +132,11 @@ def in_words(verdict: Verdict) -> str:
 def _config(bundle: Bundle, overrides: Sequence[str]) -> Config:
     if bundle.config.task.kind != "classification":
         raise UserError(f"model {bundle.name!r} is no classifier, so it gives no verdict to calibrate.")
+    if bundle.config.task.multi_label:
+        raise UserError(
+            f"model {bundle.name!r} has task.multi_label true, and a verdict is about one class; train a model of the "
+            "label to refer."
+        )
     tree = bundle.config.model_dump(mode="json")
     for override in overrides:
         if not override.startswith("verdict."):

@@ -55,7 +55,8 @@ class Case:
         modality: DICOM modality (CT, MR, CR, DX), or empty when unknown.
         images: one path per channel, all on one grid, relative to the cohort folder.
         label: path of the integer label map on the grid of the images; empty when there is none.
-        target: class name for classification; empty when unknown.
+        target: class name for classification, or the labels that are present, as `label_sets` writes them; empty when
+            unknown.
         shape, spacing_mm, orientation: the grid as stored; orientation is empty for radiographs.
         source_kind: dicom, nifti or png. source_sha256: hash of the source bytes.
         findings: quality findings.

@@ -64,7 +64,7 @@ def measure_fold(bundle_dir: Path, cohort: Cohort, folder: RunFolder, tracker: T
     predict_step.run(bundle, cohort, out / "predictions", split="val", workspace=folder.workspace)
     facts = {**bundle.identity(), "operating_point": bundle.facts["operating_point"]}
     result = evaluate_step.run(
-        cohort, out / "predictions", out, split="val", bundle_facts=facts, labels=task.labels, kind=task.kind
+        cohort, out / "predictions", out, split="val", bundle_facts=facts, labels=task.labels, kind=task.measured_as
     )
     numbers = {name: value for name, value in result.figures.items() if isinstance(value, int | float)}
     tracker.log_metrics({f"oof_{name}": float(value) for name, value in numbers.items()}, step=0)
@@ -134,7 +134,7 @@ def collect_evidence(folds: Sequence[Fold]) -> tuple[dict[str, Any], dict[str, s
     config = folds[0].bundle.config
     outcomes = {fold.number: fold.outcomes for fold in folds}
     evidence: dict[str, Any] = {"folds": config.train.folds, "joined": [fold.number for fold in folds]}
-    evidence["cross_validation"] = cross_validation.total(outcomes, config.task.labels, config.task.kind)
+    evidence["cross_validation"] = cross_validation.total(outcomes, config.task.labels, config.task.measured_as)
     if config.task.kind == "segmentation":
         pairs = [
             earned.Pair(outcome.case.patient_id, outcome.pred, Path(outcome.case.label))

@@ -1,4 +1,5 @@
-"""Losses by name. `LOSSES` is the one registry: each builder takes its config and the training targets' counts."""
+"""Losses by name. `LOSSES` is the one registry: each builder takes its config, the training targets' counts and the
+number of training cases."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg.config import CrossEntropyConfig, DiceCEConfig, LossConfig
+from medseg.config import BinaryCrossEntropyConfig, CrossEntropyConfig, DiceCEConfig, LossConfig
 
 
 class DiceCELoss(nn.Module):
@@ -63,12 +64,25 @@ class ClassificationLoss(nn.Module):
         )
 
 
-def build_dice_ce(config: DiceCEConfig, class_counts: Sequence[int]) -> nn.Module:
+class MultiLabelLoss(nn.Module):
+    """Binary cross-entropy, mean over cases and labels, with optional weights of the present labels."""
+
+    def __init__(self, pos_weight_K: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("pos_weight_K", pos_weight_K)
+
+    def forward(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        """Scalar loss; `target` is 1 where a label is present, else 0."""
+        weight = self.get_buffer("pos_weight_K") if self.pos_weight_K is not None else None
+        return functional.binary_cross_entropy_with_logits(logits_BK.float(), target_BK.float(), pos_weight=weight)
+
+
+def build_dice_ce(config: DiceCEConfig, class_counts: Sequence[int], cases: int) -> nn.Module:
     """Soft Dice + cross-entropy for segmentation."""
     return HeadMean(DiceCELoss(config.dice_weight, config.ce_weight))
 
 
-def build_cross_entropy(config: CrossEntropyConfig, class_counts: Sequence[int]) -> nn.Module:
+def build_cross_entropy(config: CrossEntropyConfig, class_counts: Sequence[int], cases: int) -> nn.Module:
     """Cross-entropy; with `balance`, class weight = cases / (classes * cases of the class)."""
     weight = None
     if config.balance:
@@ -77,12 +91,23 @@ def build_cross_entropy(config: CrossEntropyConfig, class_counts: Sequence[int])
     return ClassificationLoss(weight, config.label_smoothing)
 
 
-LOSSES: dict[str, Callable[[Any, Sequence[int]], nn.Module]] = {
+def build_binary_cross_entropy(config: BinaryCrossEntropyConfig, class_counts: Sequence[int], cases: int) -> nn.Module:
+    """Binary cross-entropy; with `balance`, weight of a present label = cases without it / cases with it."""
+    weight = None
+    if config.balance:
+        counts = torch.tensor(class_counts, dtype=torch.float32)
+        weight = (cases - counts) / counts.clamp(min=1)
+    return MultiLabelLoss(weight)
+
+
+LOSSES: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {
     "dice_ce": build_dice_ce,
     "cross_entropy": build_cross_entropy,
+    "binary_cross_entropy": build_binary_cross_entropy,
 }
 
 
-def build_loss(config: LossConfig, class_counts: Sequence[int] = ()) -> nn.Module:
-    """Build the configured loss. `class_counts`: cases per class in the training split (classification)."""
-    return LOSSES[config.name](config, class_counts)
+def build_loss(config: LossConfig, class_counts: Sequence[int] = (), cases: int = 0) -> nn.Module:
+    """Build the configured loss. `class_counts`: of the `cases` in the training split those with each class or label
+    (classification)."""
+    return LOSSES[config.name](config, class_counts, cases)

@@ -11,6 +11,7 @@ from medseg.verdict import Verdict
 def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Verdict | None = None) -> str:
     """The model card in Markdown, made of facts only."""
     task, grid = config.task, " × ".join(f"{n:g}" for n in plan.spacing_mm or plan.size_px)
+    kind = "multi-label classification" if task.multi_label else task.kind
     if grid:
         grid += " mm" if plan.spacing_mm else " px"
     cases = plan.fingerprint.get("cases", "an unknown number of")
@@ -24,7 +25,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
         [
             f"# {config.name}",
             "",
-            f"{task.kind.capitalize()} in {task.spatial_dims}D of {', '.join(task.labels)} from the image channels "
+            f"{kind.capitalize()} in {task.spatial_dims}D of {', '.join(task.labels)} from the image channels "
             f"{', '.join(task.channels)}, by the network `{config.model.name}`.",
             "",
             "## Intended use",

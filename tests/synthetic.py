@@ -88,3 +88,27 @@ def radiograph_cohort(folder: Path, count: int = 24) -> Cohort:
         )
     split = assign_splits(cases, val=0.2, test=0.3, seed=0)
     return write_cohort(Cohort(folder, split, {"normal": 0, "tb": 1}), [], {"made_by": "tests"})
+
+
+def two_mark_radiographs(folder: Path, count: int = 40) -> Path:
+    """Noise with two marks that know nothing of each other: a bright disc in the upper left corner (`upper`) and a dark
+    one in the lower right (`lower`). Every combination occurs equally often.
+
+    Returns:
+        `marks.csv`, whose column `marks` names the marks of each image, or `No mark`.
+    """
+    rng = np.random.default_rng(9)
+    rows, columns = np.mgrid[:72, :68]
+    lines = ["image,marks,patient_id,site"]
+    for number in range(count):
+        upper, lower = number % 2, number // 2 % 2
+        image = rng.normal(2000, 150, rows.shape)
+        for present, centre, sign in ((upper, (18, 16), 1), (lower, (52, 50), -1)):
+            row, column = centre + rng.integers(-5, 6, 2)
+            image[((rows - row) ** 2 + (columns - column) ** 2 < 80) & bool(present)] += sign * 1500
+        name = f"marks-{number:02d}.png"
+        write_png(folder / name, np.clip(image, 0, 4095).astype(np.uint16))
+        named = "|".join(["lower"] * lower + ["upper"] * upper)
+        lines.append(f"{name},{named or 'No mark'},p{number:02d},{'north' if number % 8 < 4 else 'south'}")
+    (folder / "marks.csv").write_text("\n".join(lines) + "\n")
+    return folder / "marks.csv"

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from medseg.config import CrossEntropyConfig, DiceCEConfig
+from medseg.config import BinaryCrossEntropyConfig, CrossEntropyConfig, DiceCEConfig
 from medseg.losses import LOSSES, build_loss
 
 
 def test_registry_has_a_loss_per_config() -> None:
-    assert set(LOSSES) == {"dice_ce", "cross_entropy"}
+    assert set(LOSSES) == {"dice_ce", "cross_entropy", "binary_cross_entropy"}
 
 
 def test_dice_ce_vanishes_for_the_truth_and_is_finite_without_foreground() -> None:
@@ -36,3 +36,17 @@ def test_cross_entropy_of_no_knowledge_is_log_k_and_balance_weighs_the_rare() ->
     plain, balanced = build_loss(CrossEntropyConfig(), [3, 1]), build_loss(CrossEntropyConfig(balance=True), [3, 1])
     always_first = torch.tensor([[5.0, 0.0]] * 4)
     assert float(balanced(always_first, target)) > float(plain(always_first, target))
+
+
+def test_binary_cross_entropy_is_torchs_and_the_formula() -> None:
+    torch.manual_seed(0)
+    logits, target = 3 * torch.randn(8, 3), torch.randint(0, 2, (8, 3))
+    p = torch.sigmoid(logits.double())
+    plain = float(build_loss(BinaryCrossEntropyConfig())(logits, target))
+    assert plain == pytest.approx(float(torch.nn.functional.binary_cross_entropy(p, target.double())), rel=1e-5)
+    # 2 of 8 cases have the first label, 4 the second, 7 the third: the present count 3, 1 and 1/7 times.
+    balanced = float(build_loss(BinaryCrossEntropyConfig(balance=True), [2, 4, 7], 8)(logits, target))
+    weight = torch.tensor([3.0, 1.0, 1 / 7], dtype=torch.float64)
+    terms = -(weight * target * p.log() + (1 - target) * (1 - p).log())
+    assert balanced == pytest.approx(float(terms.mean()), rel=1e-5)
+    assert balanced != pytest.approx(plain, rel=1e-3)

@@ -39,7 +39,15 @@ from medseg.config.results import (
     SegmentConfig,
     TrackingConfig,
 )
-from medseg.config.training import AugmentConfig, CrossEntropyConfig, DiceCEConfig, LossConfig, PlanConfig, TrainConfig
+from medseg.config.training import (
+    AugmentConfig,
+    BinaryCrossEntropyConfig,
+    CrossEntropyConfig,
+    DiceCEConfig,
+    LossConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from medseg.config.tree import Config, TaskConfig
 from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
@@ -48,6 +56,7 @@ __all__ = [
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
+    "BinaryCrossEntropyConfig",
     "CodeConfig",
     "Config",
     "CrossEntropyConfig",

@@ -64,7 +64,8 @@ class IngestConfig(Strict):
     its header says, for labels that were published with a header that is not true.
 
     `label_threshold` turns a grey mask into a binary one (values above it are 1); `target_names` maps the table's
-    class cells to names of `task.labels`; `simulated` says so on every page.
+    class cells to names of `task.labels` (with `task.multi_label` each name in a cell, and to `none` what means that
+    there is no label); `simulated` says so on every page.
 
     `refuse` lists the findings that keep a scan out; all others travel with the case. `radiograph_window` applies
     the VOI look-up table or window of DICOM radiographs instead of keeping every level the detector stored.

@@ -78,7 +78,8 @@ class ExplainConfig(Strict):
     """Activation maps: method, layer (`bottleneck`, `last` or a module's dotted name) and for how many cases.
 
     `cases` says which: the `first` by id, a `random` choice (the same for the same seed of the checks), or for
-    classifiers the most `doubtful` (lowest probability of the predicted class). `on_failure`: a map that fails a
+    classifiers the most `doubtful` (lowest probability of the predicted class, or of the least certain answer about a
+    label where labels are not exclusive). A null `target` explains what is predicted. `on_failure`: a map that fails a
     check is shown with the failure named, or withheld (not written).
     """
 

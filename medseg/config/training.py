@@ -39,7 +39,17 @@ class CrossEntropyConfig(Strict):
     label_smoothing: Share = 0.0
 
 
-LossConfig = Annotated[DiceCEConfig | CrossEntropyConfig, Field(discriminator="name")]
+class BinaryCrossEntropyConfig(Strict):
+    """Binary cross-entropy, the mean over the labels of `task.multi_label`.
+
+    `balance` weighs the present of each label by absent/present in the training split, so that both count alike.
+    """
+
+    name: Literal["binary_cross_entropy"] = "binary_cross_entropy"
+    balance: bool = False
+
+
+LossConfig = Annotated[DiceCEConfig | CrossEntropyConfig | BinaryCrossEntropyConfig, Field(discriminator="name")]
 
 
 class AugmentConfig(Strict):

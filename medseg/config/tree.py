@@ -10,13 +10,22 @@ from medseg.config.models import ModelConfig
 from medseg.config.results import ExplainConfig, ExportConfig, PredictConfig, ReportConfig, TrackingConfig
 from medseg.config.training import AugmentConfig, LossConfig, PlanConfig, TrainConfig
 from medseg.config.verdict import AuditConfig, VerdictConfig
+from medseg.label_sets import EMPTY, SEPARATOR
+
+_LOSSES = {"segmentation": "dice_ce", "classification": "cross_entropy"}
 
 
 class TaskConfig(Strict):
-    """What is learnt. `labels` maps names to values; background 0 is implied for segmentation."""
+    """What is learnt. `labels` maps names to values; background 0 is implied for segmentation.
+
+    With `multi_label` the labels of a classification are not exclusive: a case has any number of them, which its
+    target names joined by `|` (`none`: it has none of them), and each label gets a probability of its own. It needs the
+    loss `binary_cross_entropy`, and there is neither a verdict nor an audit.
+    """
 
     kind: Literal["segmentation", "classification"]
     labels: dict[str, Annotated[int, Field(ge=0, le=65535)]] = Field(min_length=1)
+    multi_label: bool = False
     channels: tuple[str, ...] = ("image",)
     spatial_dims: Literal[2, 3] = 3
 
@@ -27,6 +36,27 @@ class TaskConfig(Strict):
         if values != list(range(start, start + len(values))):
             raise ValueError(f"label values must be {start}, {start + 1}, … without gaps, not {values}")
         return self
+
+    @model_validator(mode="after")
+    def _check_multi_label(self) -> "TaskConfig":
+        if not self.multi_label:
+            return self
+        if self.kind != "classification":
+            raise ValueError(f"multi_label is for task.kind 'classification', not {self.kind!r}; leave it out")
+        if len(self.labels) < 2:
+            raise ValueError("multi_label needs two or more labels; one finding is a classification in two classes")
+        for name in self.labels:
+            if name == EMPTY or SEPARATOR in name or name != name.strip() or not name:
+                raise ValueError(
+                    f"label {name!r} cannot stand in a cell with several labels; rename it: no {SEPARATOR!r}, no space "
+                    f"around it, and {EMPTY!r} means that there is no label"
+                )
+        return self
+
+    @property
+    def measured_as(self) -> Literal["segmentation", "classification", "multi_label"]:
+        """Which figures tell what a model of this task is worth."""
+        return "multi_label" if self.multi_label else self.kind
 
     @property
     def out_channels(self) -> int:
@@ -61,8 +91,7 @@ class Config(Strict):
         if classifier != (self.task.kind == "classification"):
             raise ValueError(f"model.name {self.model.name!r} does not fit task.kind {self.task.kind!r}")
         self._check_sizes()
-        if classifier != (self.loss.name == "cross_entropy"):
-            raise ValueError(f"loss.name {self.loss.name!r} does not fit task.kind {self.task.kind!r}")
+        self._check_loss()
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")
@@ -74,7 +103,22 @@ class Config(Strict):
             )
         if self.verdict.positive is not None and self.verdict.positive not in self.task.labels:
             raise ValueError(f"verdict.positive {self.verdict.positive!r} is none of task.labels")
+        if self.verdict.positive is not None and self.task.multi_label:
+            raise ValueError(
+                f"verdict.positive {self.verdict.positive!r}: with task.multi_label there is no verdict; leave it out"
+            )
         return self
+
+    def _check_loss(self) -> None:
+        given = self.loss.name
+        if self.task.multi_label != (given == "binary_cross_entropy") and self.task.kind == "classification":
+            wanted = "binary_cross_entropy" if self.task.multi_label else "cross_entropy"
+            raise ValueError(
+                f"loss.name {given!r} does not fit task.multi_label {str(self.task.multi_label).lower()}; "
+                f"set it to {wanted!r}"
+            )
+        if not self.task.multi_label and given != _LOSSES[self.task.kind]:
+            raise ValueError(f"loss.name {given!r} does not fit task.kind {self.task.kind!r}")
 
     def _check_sizes(self) -> None:
         model, plan, dims = self.model, self.plan, self.task.spatial_dims

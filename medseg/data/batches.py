@@ -28,7 +28,8 @@ class ItemParameters:
 
 @dataclass(frozen=True)
 class Batch:
-    """image_BCDHW float32; label_B1DHW (segmentation) or target_B (classification)."""
+    """image_BCDHW float32; label_B1DHW (segmentation), target_B (classification) or target_BK (labels that are
+    not exclusive)."""
 
     image: Tensor
     target: Tensor

@@ -16,6 +16,7 @@ from medseg.cohort import Case, Cohort
 from medseg.data.preprocess import prepare
 from medseg.files import replacing
 from medseg.images import read_image
+from medseg.label_sets import read_set
 from medseg.plan import Plan
 from medseg.progress import progress
 
@@ -39,25 +40,36 @@ class Example:
         image: (channel, *space) float32, memory-mapped.
         label: (*space) uint8 or uint16, memory-mapped; None for classification.
         points: per label value 1, 2, …: (n, space) int32 voxel indices of that label, at most 5000, evenly spread.
-        target: class index; -1 for segmentation.
+        target: class index, or for each label in the order of its value whether it is present (1) or not (0); -1 for
+            segmentation.
     """
 
     case: Case
     image: NDArray[np.float32]
     label: NDArray[np.integer] | None
     points: tuple[NDArray[np.int32], ...]
-    target: int
+    target: int | tuple[int, ...]
 
 
 def load_examples(
-    cohort: Cohort, cases: Sequence[Case], plan: Plan, cache: Path, *, workers: int = 2, what: str = "cases"
+    cohort: Cohort,
+    cases: Sequence[Case],
+    plan: Plan,
+    cache: Path,
+    *,
+    multi_label: bool = False,
+    workers: int = 2,
+    what: str = "cases",
 ) -> list[Example]:
     """Prepare each case once into `cache` and map it.
 
     The cache's key covers the cohort, the case and every field of the plan that changes the arrays.
+
+    Args:
+        multi_label: the target of a case is a set of labels, as `label_sets` writes it.
     """
     with ThreadPoolExecutor(workers) as pool, progress(f"Preparing {what}", len(cases)) as shown:
-        futures = [pool.submit(_load, cohort, case, plan, cache) for case in cases]
+        futures = [pool.submit(_load, cohort, case, plan, cache, multi_label) for case in cases]
         examples = []
         for future in futures:
             examples.append(future.result())
@@ -65,7 +77,7 @@ def load_examples(
     return examples
 
 
-def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path) -> Example:
+def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool) -> Example:
     grid = [cohort.sha256, case.case_id, [str(getattr(plan, name)) for name in _GRID_FIELDS]]
     stem = cache / hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
     image_path, label_path = stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")
@@ -81,8 +93,15 @@ def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path) -> Example:
     points = () if label is None else _points(np.asarray(label), max(cohort.label_names.values(), default=0))
     if label is not None:
         release(label)
-    target = cohort.label_names.get(case.target, -1) if case.target else -1
-    return Example(case, image, label, points, target)
+    return Example(case, image, label, points, _target(cohort, case, multi_label))
+
+
+def _target(cohort: Cohort, case: Case, multi_label: bool) -> int | tuple[int, ...]:
+    names = cohort.label_names
+    if not multi_label:
+        return names.get(case.target, -1) if case.target else -1
+    present = read_set(case.target)
+    return tuple(int(name in present) for name in sorted(names, key=lambda name: names[name]))
 
 
 def release(array: NDArray[np.generic]) -> None:

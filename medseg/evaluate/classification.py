@@ -69,12 +69,9 @@ def _compare(case: Case, predictions: Path, names: Sequence[str], point: Point |
     try:
         if case.target not in names:
             raise UserError(f"the cohort gives no class among {', '.join(names)} for this case; ingest with --labels.")
-        found = read_result(predictions, case.case_id).get("probs") or {}
-        if missing := [name for name in names if not isinstance(found.get(name), int | float)]:
-            raise UserError(f"its result.json has no probability of {missing[0]!r}; predict the case again.")
+        probs = read_probs(predictions, case.case_id, names)
     except UserError as error:
         return Outcome(case, reason=reason_of(error, predictions), target=case.target)
-    probs = {name: float(found[name]) for name in names}
     rest = probs
     if point is not None:
         rest = {name: p for name, p in probs.items() if (name == point[0]) == (probs[point[0]] >= point[1])}
@@ -87,6 +84,14 @@ def _compare(case: Case, predictions: Path, names: Sequence[str], point: Point |
         predicted=predicted,
         probs=probs,
     )
+
+
+def read_probs(predictions: Path, case_id: str, names: Sequence[str]) -> dict[str, float]:
+    """The probability of each name in the prediction's `result.json`. Raises UserError where there is none."""
+    found = read_result(predictions, case_id).get("probs") or {}
+    if missing := [name for name in names if not isinstance(found.get(name), int | float)]:
+        raise UserError(f"its result.json has no probability of {missing[0]!r}; predict the case again.")
+    return {name: float(found[name]) for name in names}
 
 
 def _point(names: Sequence[str], given: Point | None) -> Point | None:

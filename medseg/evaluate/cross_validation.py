@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medseg.evaluate import classification, segmentation
+from medseg.evaluate import classification, multi_label, segmentation
 from medseg.evaluate.outcomes import Outcome
 
 ByFold = Mapping[int, Sequence[Outcome]]
@@ -16,7 +16,11 @@ _RATES = ("auc", "accuracy", "sensitivity", "specificity")
 
 
 def total(
-    by_fold: ByFold, labels: Mapping[str, int], kind: Literal["segmentation", "classification"], *, seed: int = 0
+    by_fold: ByFold,
+    labels: Mapping[str, int],
+    kind: Literal["segmentation", "classification", "multi_label"],
+    *,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Figures over all cases with intervals (bootstrap over patients), and `by_fold` the means of each fold.
 
@@ -25,9 +29,10 @@ def total(
     outcomes = [outcome for fold in sorted(by_fold) for outcome in by_fold[fold]]
     measured = [outcome for outcome in outcomes if outcome.measured]
     counts = {"n_cases": len(outcomes), "n_measured": len(measured)}
-    if kind == "classification":
-        folds = {str(fold): _rates(classification.total(found, labels, seed=seed)) for fold, found in by_fold.items()}
-        return {**counts, **classification.total(outcomes, labels, seed=seed), "by_fold": folds}
+    if kind != "segmentation":
+        measure = multi_label.total if kind == "multi_label" else classification.total
+        folds = {str(fold): _rates(measure(found, labels, seed=seed)) for fold, found in by_fold.items()}
+        return {**counts, **measure(outcomes, labels, seed=seed), "by_fold": folds}
     means = {
         str(fold): {label: _mean([o.figures[f"dice_{label}"] for o in found if o.measured]) for label in labels}
         for fold, found in sorted(by_fold.items())
@@ -43,7 +48,7 @@ def total(
 def headline(figures: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that matter, flat."""
     if "mean_dice" not in figures:
-        return {f"oof_{name}": float(figures[name]["value"]) for name in _RATES}
+        return {f"oof_{name}": value for name, value in _rates(figures).items()}
     flat = {"oof_mean_dice": float(figures["mean_dice"])}
     return flat | {f"oof_dice_{label}": float(found["dice"]["mean"]) for label, found in figures["classes"].items()}
 
@@ -52,7 +57,8 @@ def rows(evidence: Mapping[str, Any]) -> list[dict[str, object]]:
     """The table for the screen: a line per label, or per figure of a classifier."""
     figures = evidence["cross_validation"]
     if "mean_dice" not in figures:
-        return [{"figure": name, **{k: figures[name][k] for k in ("value", "ci_low", "ci_high")}} for name in _RATES]
+        bounds = ("value", "ci_low", "ci_high")
+        return [{"figure": name, **{k: figures[name][k] for k in bounds}} for name in _rates(figures)]
     lines = []
     for label, found in figures["classes"].items():
         dice = found["dice"]
@@ -78,7 +84,7 @@ def table(by_fold: ByFold) -> str:
 
 
 def _rates(found: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(found[name]["value"]) for name in _RATES}
+    return {name: float(found[name]["value"]) for name in _RATES if name in found}  # labels have no joint accuracy
 
 
 def _mean(values: Sequence[float]) -> float:

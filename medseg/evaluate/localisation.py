@@ -9,6 +9,7 @@ import numpy as np
 from medseg.evaluate.outcomes import Outcome
 from medseg.files import UserError, read_json
 from medseg.images import read_image
+from medseg.label_sets import read_set
 from medseg.metrics import energy_in_mask, pointing_hit
 from medseg.statistics import summarise
 
@@ -34,7 +35,8 @@ def locate(outcome: Outcome, predictions: Path, lesions: Path) -> dict[str, floa
         return {}
     mask = read_image(mask_path).array.astype(bool)
     explained = read_json(folder / "explanation.json")
-    if explained.get("withheld") or not mask.any() or (outcome.target and explained.get("target") != outcome.target):
+    own = (outcome.target, *read_set(outcome.target))  # the class of the case, or one of its labels
+    if explained.get("withheld") or not mask.any() or (outcome.target and explained.get("target") not in own):
         return {}
     activation = read_map(folder)
     if activation.shape != mask.shape:

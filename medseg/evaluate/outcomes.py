@@ -20,7 +20,8 @@ class Outcome:
         reason: why the case could not be measured; empty when it was.
         score: 0 (worst) to 1; the order of review. 0 for a failed case.
         figures: numbers by column name; NaN where a figure is not defined.
-        target, predicted: class names; probs: probability by class name (classification).
+        target, predicted: class names, or sets of labels as `label_sets` writes them; probs: probability by class name
+            (classification).
         pred: the predicted mask (segmentation).
     """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medseg.cohort import Cohort
-from medseg.evaluate import classification, localisation, segmentation, trust
+from medseg.evaluate import classification, localisation, multi_label, segmentation, trust
 from medseg.evaluate.outcomes import Outcome, write_outcomes
 from medseg.files import UserError, write_json
 from medseg.result import Result
@@ -24,7 +24,7 @@ def run(
     split: str,
     bundle_facts: Mapping[str, Any],
     labels: Mapping[str, int],
-    kind: Literal["segmentation", "classification"],
+    kind: Literal["segmentation", "classification", "multi_label"],
     lesions: Path | None = None,
     tolerance_mm: float = 1.0,
     workers: int | None = None,
@@ -37,6 +37,7 @@ def run(
         bundle_facts: what names the model in `metrics.json`; `operating_point` in it, a mapping with `target` (a
             class) and `threshold` (a probability), says which class is called from where on, as in `predict`.
         labels: name to value of label maps, or class name to index.
+        kind: `multi_label` is a classification whose labels are not exclusive; no operating point applies to it.
         lesions: folder of `<case_id>.png` or `.nii.gz` masks against which the activation maps are held.
         tolerance_mm: of the surface Dice.
         workers: processes for masks; by default as many as pay.
@@ -55,6 +56,8 @@ def run(
     point = _operating_point(bundle_facts)
     if kind == "segmentation":
         outcomes = segmentation.measure(cohort, cases, predictions, labels, tolerance_mm=tolerance_mm, workers=workers)
+    elif kind == "multi_label":
+        outcomes = multi_label.measure(cases, predictions, labels)
     else:
         outcomes = classification.measure(cases, predictions, labels, point=point)
     failed = _failed(outcomes, split)
@@ -63,6 +66,8 @@ def run(
     if kind == "segmentation":
         figures = {"surface_dice_tolerance_mm": tolerance_mm, **segmentation.total(outcomes, labels, seed=_SEED)}
         figures["expected_dice"] = trust.measure(outcomes, labels)
+    elif kind == "multi_label":
+        figures = multi_label.total(outcomes, labels, seed=_SEED)
     else:
         figures = classification.total(outcomes, labels, point=point, seed=_SEED)
     if lesions is not None:
@@ -110,6 +115,7 @@ def _headline(figures: Mapping[str, Any]) -> dict[str, object]:
     if "mean_dice" not in figures:
         names = ("auc", "accuracy", "sensitivity", "specificity", "precision", "f1")
         flat = {name: figures[name]["value"] for name in names if name in figures}
+        flat |= {f"auc_{label}": found["auc"]["value"] for label, found in figures.get("per_label", {}).items()}
     else:
         flat = {"mean_dice": figures["mean_dice"]}
         for label, found in figures["classes"].items():

@@ -50,11 +50,12 @@ def run(
 ) -> Result:
     """Write `<predictions>/<case_id>/explanation/` for `config.max_cases` usable cases, chosen by `config.cases`.
 
-    The map is that of the predicted class (classification) or of the largest predicted label (segmentation), or of
-    `config.target`, brought linearly to the scan's own grid: `map.npy` (row, column) for radiographs, `map.nii.gz`
-    for volumes, float32, raw. A radiograph that came as DICOM also gets `overlay.dcm`, for the PACS.
-    `explanation.json` says what was found and which checks the map passed, and is written last; run again, cases that
-    have it are not redone. `<predictions>/explanation.json` has the share of cases that pass each check.
+    The map is that of the predicted class (classification; of labels that are not exclusive the most probable one) or
+    of the largest predicted label (segmentation), or of `config.target`, brought linearly to the scan's own grid:
+    `map.npy` (row, column) for radiographs, `map.nii.gz` for volumes, float32, raw. A radiograph that came as DICOM
+    also gets `overlay.dcm`, for the PACS. `explanation.json` says what was found and which checks the map passed, and
+    is written last; run again, cases that have it are not redone. `<predictions>/explanation.json` has the share of
+    cases that pass each check.
 
     Args:
         net: logits for images as `plan` prepares them.
@@ -120,10 +121,24 @@ def _ordered(chosen: list[tuple[str, dict[str, Any]]], config: ExplainConfig) ->
         return sorted(chosen, key=lambda c: hashlib.sha256(f"{config.checks.seed}/{c[0]}".encode()).digest())
     if config.cases == "doubtful":
         for case_id, result in chosen:
-            if not result.get("predicted"):
+            if not result.get("probs"):
                 raise UserError(f"explain.cases 'doubtful' needs probabilities, {case_id} has none; take random.")
-        return sorted(chosen, key=lambda c: (c[1]["probs"][c[1]["predicted"]], c[0]))
+        return sorted(chosen, key=lambda c: (_certainty(c[1]), c[0]))
     return chosen
+
+
+def _certainty(result: Mapping[str, Any]) -> float:
+    """The probability of what was called; of labels that are not exclusive that of the least certain answer."""
+    probs: Mapping[str, float] = result["probs"]
+    if isinstance(result["predicted"], list):
+        return min(max(p, 1 - p) for p in probs.values())
+    return probs[result["predicted"]]
+
+
+def _called(result: Mapping[str, Any]) -> str:
+    """The predicted class, or the most probable one of labels that are not exclusive, called or not."""
+    probs: Mapping[str, float] = result["probs"]
+    return max(probs, key=lambda name: probs[name]) if isinstance(result["predicted"], list) else result["predicted"]
 
 
 def _choose(predictions: Path, scans: Cohort | Sequence[Path], split: str | None) -> list[tuple[str, dict[str, Any]]]:
@@ -213,7 +228,7 @@ class _Maker:
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """The map on the network's grid, and what it is and passes."""
         config, pred = self.config, prepared.label
-        target = config.target or (result["predicted"] if pred is None else _largest(pred, self.labels))
+        target = config.target or (_called(result) if pred is None else _largest(pred, self.labels))
         region = None if pred is None else pred == self.labels[target]
         mask = region if mask is None else mask
         image, window = prepared.image, None
@@ -221,7 +236,8 @@ class _Maker:
             max_voxels = self.plan.batch_size * math.prod(self.plan.patch_size)  # a training step takes more memory
             window = choose_window(region, self.plan.patch_size, max_voxels)
             image, region, mask = cut(image, window), cut(region[None], window)[0], cut(mask[None], window)[0]
-        explained = self._map(image, target, region, mask)
+        exclusive = not isinstance(result.get("predicted"), list)
+        explained = self._map(image, target, region, mask, exclusive=exclusive)
         checks = self.config.checks
         found = passmark.judge(passmark.measure(explained, checks), checks) if explained.evidence else {}
         map_net = explained.values.astype(np.float32)
@@ -244,6 +260,8 @@ class _Maker:
         target: str,
         region: NDArray[np.bool_] | None,
         mask: NDArray[np.generic] | None,
+        *,
+        exclusive: bool,
     ) -> Explained:
         config, methods = self.config, self.config.methods
         device = next(self.net.parameters()).device
@@ -252,7 +270,7 @@ class _Maker:
         with frozen(self.net):
             wanted = "input" if config.method in LAYERLESS else config.layer
             logits, layer = logits_and_layer(self.net, x_BCDHW, wanted)
-        score = make_score(logits, self.labels[target], region_BDHW)
+        score = make_score(logits, self.labels[target], region_BDHW, exclusive=exclusive)
         found = explain_score(self.net, x_BCDHW, score, config.method, layer, size="layer", config=methods)
         return Explained(
             Probe(self.net, x_BCDHW, score, methods.batch_size), config.method, layer, found, mask, methods

@@ -18,10 +18,12 @@ class Score:
     Attributes:
         chosen_B: class index of each sample, int64.
         region_BDHW: bool, where the logits of a segmentation network are summed; None for a classifier.
+        exclusive: whether the classes exclude each other, so that their probabilities add up to 1.
     """
 
     chosen_B: Tensor
     region_BDHW: Tensor | None = None
+    exclusive: bool = True
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits (B, K) or (B, K, *space) -> (B,) scores; each depends on its own sample alone."""
@@ -30,6 +32,8 @@ class Score:
 
     def probability(self, logits: Tensor) -> Tensor:
         """(B,) probability of the class, 0 to 1; of a segmentation network its mean over the region (0 if empty)."""
+        if not self.exclusive:
+            return _of_class(logits.sigmoid(), self.chosen_B)
         if logits.shape[1] == 1:
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
         found = _of_class(logits.softmax(1), self.chosen_B)
@@ -40,7 +44,8 @@ class Score:
     def take(self, rows: Tensor | Sequence[int]) -> "Score":
         """The same score for a batch made of these samples, each as often as it is named."""
         index = torch.as_tensor(rows, device=self.chosen_B.device)
-        return Score(self.chosen_B[index], None if self.region_BDHW is None else self.region_BDHW[index])
+        region_BDHW = None if self.region_BDHW is None else self.region_BDHW[index]
+        return Score(self.chosen_B[index], region_BDHW, self.exclusive)
 
     @property
     def positions_B(self) -> Tensor:
@@ -50,7 +55,9 @@ class Score:
         return self.region_BDHW.flatten(1).sum(1).clamp(min=1)
 
 
-def make_score(logits: Tensor, target: Target = None, region_BDHW: Tensor | None = None) -> Score:
+def make_score(
+    logits: Tensor, target: Target = None, region_BDHW: Tensor | None = None, *, exclusive: bool = True
+) -> Score:
     """Fix class and region by the logits of the image as it is; the score then also holds for changed images.
 
     Classification, logits (B, K): the logit of the target class. Segmentation, logits (B, K, *space): the sum of the
@@ -61,6 +68,8 @@ def make_score(logits: Tensor, target: Target = None, region_BDHW: Tensor | None
     Args:
         target: class index for all samples, one per sample, or None for the predicted class (classification only).
         region_BDHW: bool mask that replaces the predicted region.
+        exclusive: whether the classes exclude each other; labels of one image need not (classification with one logit
+            per label), and then the predicted class is the most probable label.
 
     Returns:
         The score, a function from logits to (B,).
@@ -82,7 +91,7 @@ def make_score(logits: Tensor, target: Target = None, region_BDHW: Tensor | None
     if logits.ndim == 2:
         if region_BDHW is not None:
             raise UserError("region is for segmentation networks; leave it out.")
-        return Score(chosen)
+        return Score(chosen, exclusive=exclusive)
     return Score(chosen, _region(logits, chosen, region_BDHW))
 
 

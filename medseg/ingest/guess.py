@@ -18,6 +18,7 @@ from medseg.files import UserError, read_json, read_rows
 from medseg.ingest.label_maps import label_files, label_values
 from medseg.ingest.labels import match
 from medseg.ingest.scan import Refused, Source
+from medseg.label_sets import EMPTY, read_set
 from medseg.progress import tracked
 
 TaskKind = Literal["segmentation", "classification"]
@@ -52,7 +53,14 @@ class Draft:
             UserError: the labels cannot be used, or what is given does not fit together.
         """
         given = self.given.get("task", {})
-        guessed = guess_task(found, labels, self.ingest, kind=given.get("kind"), named=not self.guesses_labels)
+        guessed = guess_task(
+            found,
+            labels,
+            self.ingest,
+            kind=given.get("kind"),
+            named=not self.guesses_labels,
+            multi_label=bool(given.get("multi_label")),
+        )
         return _config(self.given, {**guessed.model_dump(mode="json"), **given})
 
 
@@ -72,7 +80,7 @@ def draft_config(overrides: Sequence[str]) -> Draft:
     ingest = tree.get("ingest", {})
     named = ingest.get("channels") if isinstance(ingest, dict) else None
     channels = {"channels": tuple(named)} if named and isinstance(named, dict) else {}
-    open_task = {"kind": "segmentation", **channels, **given, "labels": {"label": first}}
+    open_task = {"kind": "segmentation", **channels, **given, "labels": {"label": first}, "multi_label": False}
     rest = {name: value for name, value in tree.items() if name not in ("model", "loss")}  # they depend on the task
     start = _config(rest, open_task)
     return Draft(tree, start.ingest, start.report)
@@ -85,6 +93,7 @@ def guess_task(
     *,
     kind: TaskKind | None = None,
     named: bool = False,
+    multi_label: bool = False,
 ) -> TaskConfig:
     """The task that scans and labels are made for.
 
@@ -96,11 +105,12 @@ def guess_task(
         labels: folder or CSV; None takes what the layout of the scans brings.
         kind: the kind if it is known.
         named: the labels are known, so that no label map need be read; the names in the task mean nothing then.
+        multi_label: a class cell of the table holds a set of labels.
 
     Raises:
         UserError: the labels cannot be used as a whole, or say nothing about the classes of a classification.
     """
-    classes = _classes(labels, config) if labels is not None and kind != "segmentation" else []
+    classes = _classes(labels, config, multi_label) if labels is not None and kind != "segmentation" else []
     kind = kind or ("classification" if classes else "segmentation")
     if named:
         names = {"label": int(kind == "segmentation")}
@@ -124,15 +134,16 @@ def guess_task(
 def _config(tree: Mapping[str, Any], task: Mapping[str, Any]) -> Config:
     """A whole config around a task. Ingest uses no network; one that fits the task makes the tree valid."""
     classifier = task.get("kind") == "classification"
+    loss = "binary_cross_entropy" if task.get("multi_label") else "cross_entropy"
     usual = {
         "name": "ingest",
         "model": {"name": "densenet" if classifier else "unet"},
-        "loss": {"name": "cross_entropy" if classifier else "dice_ce"},
+        "loss": {"name": loss if classifier else "dice_ce"},
     }
     return validate_config({**usual, **tree, "task": dict(task)}, "--set")
 
 
-def _classes(labels: Path, config: IngestConfig) -> list[str]:
+def _classes(labels: Path, config: IngestConfig, multi_label: bool) -> list[str]:
     """The classes in a table, numbers by size before words by alphabet; none when it has no such column."""
     if labels.suffix.lower() != ".csv" or not labels.is_file():
         return []
@@ -144,8 +155,10 @@ def _classes(labels: Path, config: IngestConfig) -> list[str]:
             "set ingest.table.target for classes, or ingest.table.label for label maps."
         )
     cells = {(row.get(table.target) or "").strip() for row in rows} - {""}
+    if multi_label:
+        cells = {name for cell in cells for name in read_set(cell)}
     return sorted(
-        {config.target_names.get(cell, cell) for cell in cells},
+        {config.target_names.get(cell, cell) for cell in cells} - ({EMPTY} if multi_label else set()),
         key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name),
     )
 

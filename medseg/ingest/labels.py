@@ -16,6 +16,7 @@ from medseg.config import IngestConfig, TaskConfig
 from medseg.files import UserError, read_rows
 from medseg.ingest.label_maps import LABEL_SUFFIXES
 from medseg.ingest.scan import Source, stem_of
+from medseg.label_sets import read_set, write_set
 
 _ENDINGS = ("", "_seg", "_label", "_labels", "_mask", "_dseg")
 _NOT_GIVEN = "no_label"
@@ -179,7 +180,7 @@ def _match_table(sources: Sequence[Source], table: Path, config: IngestConfig, t
         if source.case_id in used:
             raise UserError(f"{table}: lines {used[source.case_id]} and {number} name one image, {cell!r}; keep one.")
         used[source.case_id] = number
-        truth = _truth(row, columns, table, number, config)
+        truth = _truth(row, columns, table, number, config, task)
         reject = _lacking(source, truth, columns, task, config, number)
         if reject is None:
             pairs.append((source, truth))
@@ -207,20 +208,33 @@ def _columns(table: Path, rows: Sequence[Mapping[str, str]], config: IngestConfi
     return {name: column for name, column in wanted.items() if column and column in present}
 
 
-def _truth(row: Mapping[str, str], columns: Mapping[str, str], table: Path, number: int, config: IngestConfig) -> Truth:
+def _truth(
+    row: Mapping[str, str],
+    columns: Mapping[str, str],
+    table: Path,
+    number: int,
+    config: IngestConfig,
+    task: TaskConfig,
+) -> Truth:
     cells = {name: (row[column] or "").strip() for name, column in columns.items()}
     split = cells.get("split", "")
     if split not in ("", *SPLITS):
         raise UserError(f"{table}, line {number}: split {split!r} is none of {', '.join(SPLITS)}.")
     label = cells.get("label", "")
-    target = cells.get("target", "")
     return Truth(
         label=table.parent / label if label else None,
-        target=config.target_names.get(target, target),
+        target=_target(cells.get("target", ""), config, task),
         patient=cells.get("patient", ""),
         site=cells.get("site", ""),
         split=split,
     )
+
+
+def _target(cell: str, config: IngestConfig, task: TaskConfig) -> str:
+    """The class of a cell, or its set of labels in the order of their values; names are mapped one by one."""
+    if not task.multi_label or not cell:
+        return config.target_names.get(cell, cell)
+    return write_set((config.target_names.get(name, name) for name in read_set(cell)), task.labels)
 
 
 def _lacking(
@@ -235,11 +249,11 @@ def _lacking(
         return None
     if not truth.target:
         return Reject(source.name, "no_target", f"Its cell in column {columns['target']!r} is empty.")
-    if truth.target not in task.labels:
+    if not set(read_set(truth.target) if task.multi_label else (truth.target,)) <= task.labels.keys():
         names = ", ".join(task.labels)
         reason = (
-            f"Its class, in line {number} of the labels table, is not in task.labels ({names}); add it, or map it by "
-            "ingest.target_names."
+            f"{'A label of its' if task.multi_label else 'Its class'}, in line {number} of the labels table, is not in "
+            f"task.labels ({names}); add it, or map it by ingest.target_names."
         )
         return Reject(source.name, "unknown_target", reason)
     return None

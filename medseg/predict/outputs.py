@@ -76,7 +76,7 @@ class CaseFolder:
             {**seconds, "write": round(time.monotonic() - start, 3)},
             volumes_ml=prediction.volumes_ml,
             probs=prediction.probs,
-            predicted=prediction.predicted or None,
+            predicted=None if prediction.predicted == "" else prediction.predicted,
             confidence=prediction.confidence,
             expected_dice=_lowest(prediction),
             verdict=prediction.verdict,

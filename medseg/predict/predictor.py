@@ -15,6 +15,7 @@ from medseg.data.preprocess import Prepared, prepare
 from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
+from medseg.label_sets import call_labels
 from medseg.models import build_from_config
 from medseg.models.ensemble import Ensemble
 from medseg.predict.flags import check_mask, check_scan, check_volumes
@@ -34,7 +35,8 @@ class Prediction:
         mask: integer labels on the scan's own grid (segmentation), else None.
         volumes_ml: label name to volume; empty for radiographs and classification.
         probs: class name to probability (classification).
-        predicted: name of the class that is called; empty for segmentation.
+        predicted: name of the class that is called, or the names of all labels that are (`task.multi_label`); empty for
+            segmentation.
         flags: reasons to look at the result before using it.
         confidence: label name to figures that say how far to trust it (segmentation), for each label found.
         verdict: of a calibrated classifier, as `result.json` holds it: refer, do not refer or not assessable, with
@@ -44,7 +46,7 @@ class Prediction:
     mask: Volume | None
     volumes_ml: Mapping[str, float]
     probs: Mapping[str, float]
-    predicted: str
+    predicted: str | tuple[str, ...]
     flags: tuple[Finding, ...]
     confidence: Mapping[str, Trust] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None
@@ -87,9 +89,10 @@ class Predictor:
             announce: is told what memory segmenting takes, before most of it is taken.
         """
         found = (*_warnings(scan), *check_scan(scan, self.bundle.plan))
-        if self.bundle.config.task.kind == "classification":
+        task = self.bundle.config.task
+        if task.kind == "classification":
             probs = self._classify(prepared)
-            called = called_class(probs, self.bundle.operating_point)
+            called = call_labels(probs) if task.multi_label else called_class(probs, self.bundle.operating_point)
             return Prediction(None, {}, probs, called, found, verdict=self._verdict(scan, probs))
         temperatures = [float(member["temperature"]) for member in self.bundle.members] or [self.bundle.temperature]
         with watched(self.net, temperatures) as watcher:
@@ -144,7 +147,7 @@ class Predictor:
         if self.bundle.verdict is not None:
             values = logits.tolist()
             return self.bundle.verdict.probabilities({name: values[i] for name, i in self.bundle.labels.items()})
-        probs = torch.softmax(logits, 0).tolist()
+        probs = (logits.sigmoid() if self.bundle.config.task.multi_label else torch.softmax(logits, 0)).tolist()
         return {name: float(probs[index]) for name, index in self.bundle.labels.items()}
 
     def _verdict(self, scan: Scan, probs: Mapping[str, float]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg.bundle import Bundle, load_bundle
 from medseg.files import UserError, read_json
+from medseg.label_sets import EMPTY, SEPARATOR
 from medseg.ledger import USABLE, Row, read_ledger
 from medseg.predict import step
 from medseg.predict.predictor import Predictor
@@ -29,9 +30,10 @@ class PathModel:
             params: `out`: folder for masks and ledgers; by default a new temporary folder, which is kept.
 
         Returns:
-            One row per case: `path`, `case_id`, `status`, `reason`, `mask` (path or empty), `predicted`, one column
-            per label: `volume_ml_<label>` or `prob_<class>`, and of a calibrated classifier `verdict`, `score`,
-            `threshold`, the bounds of sensitivity and specificity, `calibration` and `bundle_sha256`.
+            One row per case: `path`, `case_id`, `status`, `reason`, `mask` (path or empty), `predicted` (of labels that
+            are not exclusive all that are called, joined by `|`, or `none`), one column per label: `volume_ml_<label>`
+            or `prob_<class>`, and of a calibrated classifier `verdict`, `score`, `threshold`, the bounds of sensitivity
+            and specificity, `calibration` and `bundle_sha256`.
 
         Raises:
             UserError: there is no column `path`, or a path holds no scan.
@@ -63,10 +65,11 @@ class PathModel:
 
 def _figures(folder: Path) -> dict[str, Any]:
     result = read_json(folder / "result.json")
+    called = result["predicted"]
     masks = [name for name in result["outputs"] if name in ("mask.nii.gz", "mask.png")]
     return {
         "mask": str(folder / masks[0]) if masks else "",
-        "predicted": result["predicted"] or "",
+        "predicted": (SEPARATOR.join(called) or EMPTY) if isinstance(called, list) else called or "",
         **{f"volume_ml_{name}": value for name, value in result["volumes_ml"].items()},
         **{f"prob_{name}": value for name, value in result["probs"].items()},
     }

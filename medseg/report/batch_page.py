@@ -8,6 +8,7 @@ from typing import Any
 
 from medseg.config import ReportConfig
 from medseg.files import UserError, read_rows, write_bytes
+from medseg.label_sets import EMPTY
 from medseg.report import page
 from medseg.report.cases import CaseView, draw_case, explain_in_words, flag_texts, remove_stale
 from medseg.report.figures import draw_scene, embedded
@@ -131,12 +132,21 @@ def _previews(place: Path, mask: Path | None, explanation: Path | None, overlay:
 
 
 def _lead(result: Mapping[str, Any]) -> str:
-    if result.get("predicted"):
-        p = (result.get("probs") or {}).get(result["predicted"])
-        return f"{result['predicted']}{f' ({page.format_number(p, 3)})' if p is not None else ''}"
+    if called := _called(result):
+        probs = result.get("probs") or {}
+        told = ((name, probs.get(name)) for name in called)
+        return ", ".join(f"{name} ({page.format_number(p, 3)})" if p is not None else name for name, p in told)
     volumes = result.get("volumes_ml") or {}
     parts = [f"{label} {page.format_number(ml, 1)} ml" for label, ml in volumes.items() if page.is_number(ml)]
     return ", ".join(parts[:4])
+
+
+def _called(result: Mapping[str, Any]) -> list[str]:
+    """The class that is called, or the labels that are, `none` if no label is; nothing for a segmentation."""
+    found = result.get("predicted")
+    if isinstance(found, list):
+        return [str(name) for name in found] or [EMPTY]
+    return [str(found)] if found else []
 
 
 def _labels(result: Mapping[str, Any]) -> dict[str, int]:
@@ -200,7 +210,7 @@ def _table(rows: Sequence[Row], results: Results, drawn: set[str], total: int) -
         result = results[row["case_id"]]
         found, probs = result.get("volumes_ml") or {}, result.get("probs") or {}
         line = [_name(row, drawn), words(row["status"], tone=STATUS_TONES.get(row["status"], ""))]
-        line += [words(result.get("predicted"))] if classes else []
+        line += [words(", ".join(_called(result)))] if classes else []
         told = result.get("verdict") or {}
         line += [words(told.get("call"), tone=VERDICT_TONES.get(str(told.get("call")), ""))] if judged else []
         line += [number(told.get("score"))] if judged else []

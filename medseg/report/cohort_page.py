@@ -12,6 +12,7 @@ import numpy as np
 from medseg.cohort import SPLITS, Case, Cohort, Finding, read_cohort
 from medseg.config import ReportConfig
 from medseg.files import UserError, read_rows
+from medseg.label_sets import EMPTY, read_set
 from medseg.report import page
 from medseg.report.charts import histograms, intensity_chart
 from medseg.report.figures import draw_thumbnail
@@ -51,7 +52,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         title=f"Cohort {folder.name}",
         facts=_facts(cohort, len(rejects)),
         simulated=bool(provenance.get("simulated")),
-        splits=_split_table(cohort.cases),
+        splits=_split_table(cohort),
         geometry=_geometry(cohort.cases),
         grids=_grid_table(cohort.cases),
         intensities=intensity_chart(curves, PERCENTS) if curves else None,
@@ -121,14 +122,21 @@ def _tally(values: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common(6))
 
 
-def _split_table(cases: Sequence[Case]) -> Table:
+def _classes_of(case: Case, names: Mapping[str, int]) -> tuple[str, ...]:
+    """The class of a case, or all its labels where they are not exclusive."""
+    return (case.target,) if not case.target or case.target in names else read_set(case.target) or (EMPTY,)
+
+
+def _split_table(cohort: Cohort) -> Table:
     """Cases per split, by site and class where these are known; and patients."""
+    cases = cohort.cases
     keys = [name for name in ("site", "target") if any(getattr(case, name) for case in cases)]
     groups: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     patients: dict[str, set[str]] = defaultdict(set)
     for case in cases:
         split = case.split or "unassigned"
-        groups[tuple(getattr(case, key) for key in keys)][split] += 1
+        for name in _classes_of(case, cohort.label_names):
+            groups[tuple({"site": case.site, "target": name}[key] for key in keys)][split] += 1
         patients[split].add(case.patient_id)
     splits = [name for name in (*SPLITS, "unassigned") if name in patients]
     rows = []
@@ -141,7 +149,10 @@ def _split_table(cases: Sequence[Case]) -> Table:
         rows.append((*heads, *(number(len(patients[name])) for name in splits), everyone))
     columns = ("", *({"site": "Site", "target": "Class"}[key] for key in keys), *splits, "All")
     numeric = (False,) * (1 + len(keys)) + (True,) * (len(splits) + 1)
-    return Table("Cases by split", columns, tuple(rows), numeric, "No patient lies in two splits.")
+    note = "No patient lies in two splits."
+    if any(len(_classes_of(case, cohort.label_names)) > 1 for case in cases):
+        note += " A case counts under each of its labels."
+    return Table("Cases by split", columns, tuple(rows), numeric, note)
 
 
 def _geometry(cases: Sequence[Case]) -> Picture | None:

@@ -49,7 +49,7 @@ def show_split(folder: Path, name: str, labels: Mapping[str, int], budget: Budge
     drawn = draw_cases(cases, folder, labels, pictures=budget.pictures, viewers=budget.viewers)
     budget.pictures -= len(drawn)
     budget.viewers -= sum(case.viewer is not None for case in drawn)
-    tables = [_class_table(metrics)] if metrics.get("task") == "segmentation" else _rate_tables(metrics)
+    tables = _figure_tables(metrics)
     tables += [
         table for table in (_trust_table(metrics), _site_table(metrics), _location_table(metrics)) if table is not None
     ]
@@ -81,6 +81,12 @@ def _lead(metrics: Mapping[str, Any], name: str, count: int) -> str:
     return text
 
 
+def _figure_tables(metrics: Mapping[str, Any]) -> list[Table]:
+    if metrics.get("task") == "segmentation":
+        return [_class_table(metrics)]
+    return [_label_table(metrics)] if metrics.get("task") == "multi_label" else _rate_tables(metrics)
+
+
 def _class_table(metrics: Mapping[str, Any]) -> Table:
     classes: Mapping[str, Mapping[str, Any]] = metrics.get("classes") or {}
     present = {name for figures in classes.values() for name in figures}
@@ -98,6 +104,26 @@ def _class_table(metrics: Mapping[str, Any]) -> Table:
     return Table(
         "Agreement with the reference by class", columns, tuple(rows), (False, *[True] * (len(names) + 1)), note
     )
+
+
+def _label_table(metrics: Mapping[str, Any]) -> Table:
+    """A row per label of a task whose labels are not exclusive, and their means."""
+    names = ("auc", "sensitivity", "specificity")
+    found: Mapping[str, Mapping[str, Any]] = metrics.get("per_label") or {}
+    rows = [
+        (words(label), *(estimate(of.get(name), metric(name)[1]) for name in names), number(of.get("n_positive")))
+        for label, of in found.items()
+    ]
+    rows.append(
+        (words("Mean of the labels"), *(estimate(metrics.get(name), metric(name)[1]) for name in names), words(""))
+    )
+    note = (
+        f"Each with its 95 % interval below, over {metrics.get('n', 0)} cases. The labels are not exclusive: each is "
+        f"called from a probability of {metrics.get('threshold', 0.5):.3g} on. A label that no case or every case has "
+        "is left out of the means for which it has no figure."
+    )
+    columns = ("Label", *(metric(name)[0] for name in names), "Cases with it")
+    return Table("Agreement with the known labels", columns, tuple(rows), (False, *[True] * (len(names) + 1)), note)
 
 
 def _rate_tables(metrics: Mapping[str, Any]) -> list[Table]:

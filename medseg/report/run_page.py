@@ -104,6 +104,7 @@ def _purpose(settings: Mapping[str, Any]) -> str:
     if not names:
         return ""
     verb = "Classifies into" if task.get("kind") == "classification" else "Segments"
+    verb = "Finds, each on its own," if task.get("multi_label") else verb
     return f"{verb} {names} from {', '.join(task.get('channels') or ['image'])}, in {task.get('spatial_dims', 3)}D."
 
 

@@ -56,7 +56,7 @@ def evaluate(
             split=split,
             bundle_facts=facts,
             labels=config.task.labels,
-            kind=config.task.kind,
+            kind=config.task.measured_as,
             lesions=lesions,
         )
         audited = _audit(bundle, cohort, folder, tracker, split, overrides) if audit else Result("audit", "done")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from medseg.cohort import Case, Cohort
 from medseg.config import TaskConfig
 from medseg.images import read_image
+from medseg.label_sets import read_set
 from medseg.progress import tracked
 from medseg.volume import closest_axes, spacing_of, to_canonical
 
@@ -73,7 +74,8 @@ def measure_cohort(cohort: Cohort, cases: Sequence[Case], task: TaskConfig) -> F
     counted = Counter(case.modality for case in cases)
     facts: dict[str, Any] = {"modality": counted.most_common(1)[0][0], "modalities": dict(counted)}
     if task.kind == "classification":
-        found = Counter(case.target for case in cases)
+        named = (read_set(case.target) if task.multi_label else (case.target,) for case in cases)
+        found = Counter(name for names in named for name in names)
         facts["classes"] = {
             name: {"cases": found[name], "share": round(found[name] / len(cases), 4)} for name in task.labels
         }

@@ -142,7 +142,10 @@ def _examples(config: Config, size: Sequence[int], count: int) -> list[Any]:
     image = np.resize(tile, (len(config.task.channels), *size))
     case = Case("probe", "probe", ("probe",))
     if config.task.kind == "classification":
-        return [Example(case, image, None, (), number % classes) for number in range(max(count, classes))]
+        numbers = range(max(count, classes))
+        if config.task.multi_label:
+            return [Example(case, image, None, (), tuple((n + k) % 2 for k in range(classes))) for n in numbers]
+        return [Example(case, image, None, (), number % classes) for number in numbers]
     label = np.resize(rng.integers(0, classes, 4096).astype(np.uint8), tuple(size))
     points = rng.integers(0, size, (classes - 1, 100, len(size))).astype(np.int32)
     return [Example(case, image, label, tuple(points), -1)] * count

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from medseg.bundle import save_bundle
@@ -18,6 +19,7 @@ from medseg.config import Config, TaskConfig, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import Example, load_examples
 from medseg.files import UserError, read_json, write_json, write_rows, write_text
+from medseg.label_sets import read_set
 from medseg.losses import build_loss
 from medseg.models import build_from_config
 from medseg.models.pretrained import load_pretrained
@@ -60,9 +62,10 @@ def run(
     tracker.log_artifact(folder.path / "plan.yaml")
 
     cache = folder.workspace / "cache"
-    train_examples = load_examples(cohort, cohort.split("train"), plan, cache, what="training cases")
+    load = partial(load_examples, cohort, plan=plan, cache=cache, multi_label=config.task.multi_label)
+    train_examples = load(cohort.split("train"), what="training cases")
     has_val = any(case.split == "val" for case in cohort.cases)
-    val_examples = load_examples(cohort, cohort.split("val"), plan, cache, what="validation cases") if has_val else []
+    val_examples = load(cohort.split("val"), what="validation cases") if has_val else []
     reset_peak_memory(device)
     net = build_network(config, plan)
     if not resume:
@@ -134,7 +137,7 @@ def assemble(
         foreground_share=config.train.foreground_share,
         seed=config.seed,
     )
-    loss = build_loss(config.loss, _class_counts(config, examples)).to(device)
+    loss = build_loss(config.loss, _class_counts(config, examples), len(examples)).to(device)
     return start_training(net.to(device), config.train), source, loss
 
 
@@ -142,7 +145,7 @@ def check_cohort(config: Config, cohort: Cohort) -> None:
     """The cohort fits the task: channels, label names, and every class in the training split.
 
     Raises:
-        UserError: naming the field or the split that does not fit.
+        UserError: naming the field, the case or the split that does not fit.
     """
     task = config.task
     where = cohort.folder / "cohort.json"
@@ -161,7 +164,7 @@ def check_cohort(config: Config, cohort: Cohort) -> None:
                 f"({len(bare)} such); ingest with --labels."
             )
         if task.kind == "classification" and cases:
-            _check_classes(cohort.folder, split, cases, task.labels)
+            _check_classes(cohort.folder / "cohort.csv", split, cases, task)
 
 
 def _labels_fit(task: TaskConfig, cohort: Cohort) -> bool:
@@ -176,13 +179,27 @@ def _labels_fit(task: TaskConfig, cohort: Cohort) -> bool:
     return bool(read_json(cohort.folder / "cohort.json")["provenance"].get("task") == "guessed")
 
 
-def _check_classes(folder: Path, split: str, cases: Sequence[Case], labels: dict[str, int]) -> None:
-    have = {case.target for case in cases}
-    for name in labels:
-        if name not in have:
+def _check_classes(table: Path, split: str, cases: Sequence[Case], task: TaskConfig) -> None:
+    """Every class or label is known and occurs, and no label is present in all cases: nothing would tell it apart."""
+    found = [read_set(case.target) if task.multi_label else (case.target,) for case in cases]
+    for case, names in zip(cases, found, strict=True):
+        if not set(names) <= task.labels.keys():
             raise UserError(
-                f"{folder / 'cohort.csv'}: class {name!r} is missing from split {split!r} "
+                f"{table}: case {case.case_id!r} has the target {case.target!r}, which does not fit task.labels "
+                f"({', '.join(task.labels)}) with task.multi_label {str(task.multi_label).lower()}; "
+                "change the task, or ingest again."
+            )
+    for label in task.labels:
+        count = sum(label in names for names in found)
+        if count == 0:
+            raise UserError(
+                f"{table}: class {label!r} is missing from split {split!r} "
                 f"({len(cases)} cases); change ingest.split or add cases of it."
+            )
+        if task.multi_label and count == len(cases):
+            raise UserError(
+                f"{table}: label {label!r} is present in every case of split {split!r} "
+                f"({len(cases)} cases); change ingest.split or add cases without it."
             )
 
 
@@ -203,6 +220,8 @@ def _class_counts(config: Config, examples: Sequence[Example]) -> list[int]:
                     "or add cases that have it."
                 )
         return []
+    if config.task.multi_label:
+        return [int(count) for count in np.sum([example.target for example in examples], axis=0)]
     return [sum(example.target == value for example in examples) for value in range(config.task.out_channels)]
 
 

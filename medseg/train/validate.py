@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from medseg.data.cache import Example, release
@@ -26,12 +27,13 @@ def validate(
 
     Returns:
         `val_loss`, `val_score` (mean foreground Dice over classes, or the area under the ROC curve; with more than
-        two classes the accuracy), and per class `val_dice_<label>`.
+        two classes the accuracy; with labels that are not exclusive the mean of their areas), and per class
+        `val_dice_<label>` or per such label `val_auc_<label>`.
     """
     net.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if examples[0].label is None:
-            return _classification(net, loss, examples, device)
+            return _classification(net, loss, examples, labels, device)
         return _segmentation(net, loss, examples, plan, labels, device)
 
 
@@ -62,7 +64,7 @@ def _segmentation(
 
 
 def _classification(
-    net: nn.Module, loss: nn.Module, examples: Sequence[Example], device: torch.device
+    net: nn.Module, loss: nn.Module, examples: Sequence[Example], labels: Mapping[str, int], device: torch.device
 ) -> dict[str, float]:
     logits_list = []
     for start in range(0, len(examples), 16):
@@ -71,9 +73,24 @@ def _classification(
     logits = torch.cat(logits_list)
     target = torch.tensor([example.target for example in examples], device=device)
     figures = {"val_loss": float(loss(logits, target))}
-    probs = logits.softmax(1).cpu().numpy()
     truth = target.cpu().numpy()
+    if truth.ndim == 2:
+        return figures | _label_areas(truth, logits.cpu().numpy(), labels)
+    probs = logits.softmax(1).cpu().numpy()
     if probs.shape[1] == 2 and len(set(truth.tolist())) == 2:
         figures["val_auc"] = float(roc_auc(truth, probs[:, 1]))
         return figures | {"val_score": figures["val_auc"]}
     return figures | {"val_score": float((probs.argmax(1) == truth).mean())}
+
+
+def _label_areas(
+    truth_NK: NDArray[np.int64], score_NK: NDArray[np.float32], labels: Mapping[str, int]
+) -> dict[str, float]:
+    """The area under the ROC curve of each label that some cases have and some have not, and their mean."""
+    areas = {
+        f"val_auc_{name}": float(roc_auc(truth_NK[:, k], score_NK[:, k]))
+        for name, k in labels.items()
+        if 0 < truth_NK[:, k].sum() < len(truth_NK)
+    }
+    mean = float(np.mean(list(areas.values()))) if areas else 0.0
+    return {"val_auc": mean, "val_score": mean, **areas}

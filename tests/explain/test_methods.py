@@ -204,3 +204,10 @@ def test_probability_of_a_score() -> None:
     region[0, 1] = True
     found = make_score(volume, 1, region).probability(volume)
     torch.testing.assert_close(found[0], volume.softmax(1)[0, 1, 1].mean())
+
+
+def test_the_probability_of_a_label_that_excludes_no_other_is_its_own_sigmoid() -> None:
+    logits = torch.tensor([[2.0, 5.0], [-1.0, 0.0]])
+    score = make_score(logits, 0, exclusive=False)
+    torch.testing.assert_close(score.probability(logits), logits[:, 0].sigmoid())
+    torch.testing.assert_close(score.take([1, 1, 0]).probability(logits[[1, 1, 0]]), logits[[1, 1, 0], 0].sigmoid())

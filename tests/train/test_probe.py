@@ -9,6 +9,7 @@ import pytest
 import torch
 from synthetic import segmentation_cohort, tiny_config, tiny_radiograph_config
 
+from medseg.config import Config
 from medseg.data.cache import load_examples, release
 from medseg.files import UserError
 from medseg.plan import Plan
@@ -49,11 +50,13 @@ def test_a_trial_trains_validates_and_measures() -> None:
     assert 0 <= found["data_wait_share"] < 1
 
 
-@pytest.mark.parametrize("classifies", [False, True])
-def test_made_up_cases_train_and_validate_like_real_ones(classifies: bool) -> None:
-    config = tiny_radiograph_config() if classifies else tiny_config()
+SETS = ("task.multi_label=true", "loss={name: binary_cross_entropy, balance: true}", "verdict={}")
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_radiograph_config(), tiny_radiograph_config(*SETS)])
+def test_made_up_cases_train_and_validate_like_real_ones(config: Config) -> None:
     dims = config.task.spatial_dims
-    size = (32,) * dims if classifies else (16,) * dims
+    size = (32,) * dims if dims == 2 else (16,) * dims
     plan = Plan(spatial_dims=dims, patch_size=size, batch_size=2)
     device, _ = prepare_torch(config.model_copy(update={"device": "cpu"}))
     training, source, loss = assemble(config, plan, build_network(config, plan), _examples(config, size, 4), device)
