@@ -28,7 +28,7 @@ class WorkingSet:
 
     Attributes:
         held_gb: blended logits between two windows.
-        slab_gb: interpolation and argmax of one slab and blending, twice: a heap keeps as much of what was freed.
+        slab_gb: interpolation and argmax of one slab and blending, three times: heaps of threads keep what was freed.
         network_gb: the network while it sees one batch of windows, its logits included.
         dtype: of the held logits. slab: how much is reduced at once.
     """
@@ -128,7 +128,7 @@ def working_set(
         held = sweep.held_voxels * classes * dtype.itemsize / 4
         slab = slab_size(sweep, classes, min(most, limit - held))
         if held + slab.values <= limit:
-            return WorkingSet(held * 4 / 1e9, 8e-9 * (slab.values + ADD_VALUES), network_gb, dtype, slab)
+            return WorkingSet(held * 4 / 1e9, 12e-9 * (slab.values + ADD_VALUES), network_gb, dtype, slab)
         needed = (held + slab.values) * 4 / 1e9
     raise UserError(
         f"memory_gb {memory_gb:g}: {classes} classes on a grid of {tuple(axis.size for axis in sweep.axes)} need "
