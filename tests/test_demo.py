@@ -10,7 +10,7 @@ from medseg.files import read_json
 SMALL = (
     "train={epochs: 1, steps_per_epoch: 3, validate_every: 1}",
     "tracking={system_metrics: false}",
-    "explain={max_cases: 2}",
+    "explain.max_cases=2",
     "report={max_cases: 2, viewer_cases: 1}",
 )
 
