@@ -18,7 +18,7 @@ class Row:
     """What became of one case.
 
     Attributes:
-        case_id: names the case's folder; identifies no patient where the scan was DICOM.
+        case_id: names the case's folder; a pseudonym where the scan was DICOM or the cohort's names are keyed.
         status: `done`; `flagged`: done, but look at it; `rejected`: the scan cannot be used; `failed`: an error.
         reason: why it is not simply done; holds no path.
         source_kind: dicom, nifti or png; empty when unknown.

@@ -75,11 +75,6 @@ def store(out: Path, url: str) -> Result:
     return Result("store", "done", {"out": out}, {"stored": sum(sent), "present": len(sent) - sum(sent)})
 
 
-def _given(paths: list[Path]) -> Cohort | list[Path]:
-    is_cohort = len(paths) == 1 and (paths[0] / "cohort.json").is_file()
-    return read_cohort(paths[0]) if is_cohort else paths
-
-
 def predict_and_explain(
     bundle: Bundle, scans: Cohort | Sequence[Path], out: Path, workspace: Path, split: str | None = None
 ) -> Result:
@@ -94,6 +89,12 @@ def predict_and_explain(
     maps = _explain(bundle, predictor.net, scans, out, split)
     partial = "partial" in (result.status, maps.status)
     return replace(result, status="partial" if partial else "done", paths={**result.paths, **maps.paths})
+
+
+def _given(paths: list[Path]) -> Cohort | list[Path]:
+    """The one cohort that the paths name, else the paths of scans."""
+    is_cohort = len(paths) == 1 and (paths[0] / "cohort.json").is_file()
+    return read_cohort(paths[0]) if is_cohort else paths
 
 
 def _explain(
