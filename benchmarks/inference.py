@@ -15,7 +15,6 @@ logits are interpolated as a whole, which needs the memory of all classes on tha
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from torch.nn import functional
 
 from medseg.models import build_model
 from medseg.predict import segment_array
+from medseg.train.device import peak_memory_gb
 
 ROWS = ("medseg", "medseg-half", "monai", "buffered")
 
@@ -93,9 +93,9 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, float | str]:
     start, wall = clock(), time.perf_counter()
     labels, announced = segment(row, net, image, options)
     seconds, wall = clock() - start, time.perf_counter() - wall
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_gb(torch.device("cpu"))
     return {
-        "peak_gb": (peak - before) / 1e9,
+        "peak_gb": peak - before / 1e9,
         "announced_gb": announced,
         "network_s": net.seconds,
         "rest_s": seconds - net.seconds,

@@ -221,6 +221,9 @@ def _stop(servers: Sequence[_Server]) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(server.process.pid, signal.SIGKILL)
             server.process.wait()
+            deadline = time.monotonic() + _GRACE_S
+            while _living(server.process.pid) and time.monotonic() < deadline:  # a signal is sent before it is obeyed
+                time.sleep(0.05)
 
 
 def _claim_ports(**wanted: int) -> dict[str, int]:
@@ -315,12 +318,16 @@ def _guard(folder: str, command: Sequence[str]) -> int:
 
 
 def _companions() -> list[int]:
-    """The other processes of this process group (zombies that nobody has reaped yet not counted)."""
+    """The other living processes of this process group."""
+    return [pid for pid in _living(os.getpgrp()) if pid != os.getpid()]
+
+
+def _living(group: int) -> list[int]:
+    """The processes of a process group, without zombies that nobody has reaped yet."""
     found = []
     for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.Error):
-            in_group = os.getpgid(process.pid) == os.getpgrp() and process.pid != os.getpid()
-            if in_group and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return found
 

@@ -35,20 +35,7 @@ def get(url: str, body: object = None) -> object:
 
 
 def group_is_gone(leader: int) -> bool:
-    try:
-        os.killpg(leader, 0)
-    except ProcessLookupError:
-        return True
-    return all(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in group_members(leader))
-
-
-def group_members(leader: int) -> list[int]:
-    found = []
-    for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(pid) == leader:
-                found.append(pid)
-    return found
+    return not services._living(leader)
 
 
 def port_is_free(url: str) -> bool:
@@ -82,7 +69,7 @@ def test_pair_serves_from_the_workspace_and_a_killed_server_is_noticed(tmp_path:
     with running_services(workspace) as running:
         assert running.failure() is None
         check_both_serve(running, workspace)
-        mlflow = next(pid for pid in group_members(running.pids["mlflow"]) if pid != running.pids["mlflow"])
+        mlflow = next(pid for pid in services._living(running.pids["mlflow"]) if pid != running.pids["mlflow"])
         os.kill(mlflow, signal.SIGKILL)
         assert wait_until(lambda: running.failure() is not None, 60)
         cause = str(running.failure())
