@@ -1,21 +1,21 @@
 """Walk the elements of a well-formed DICOM header: find the wanted ones and the pixels, and step over the rest.
 
-pydicom takes milliseconds for the hundreds of elements that scanners write, private ones and nested sequences above
-all, and a study has thousands of files. This walk takes regular files only: preamble, little endian, known value
-representations, rising tags, sequences that close where they say. Everything else is left to pydicom, and so is the
-meaning of the raw bytes: what is found here is what pydicom would have found.
+pydicom parses every one of the hundreds of elements that scanners write, private ones and nested sequences too, and a
+study has thousands of files. This walk is for regular files only: preamble, little endian, known value
+representations, rising tags, sequences that end where they say. Everything else is left to pydicom, and so is the
+meaning of the bytes: what is found here is what pydicom would have found.
 """
 
+import struct
 from collections.abc import Container
 from functools import cache, lru_cache
-from struct import Struct, error
 from typing import Any, BinaryIO
 
 SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # with a length of four bytes
 FIRST_BYTES = 1 << 16
 _MOST_BYTES = 1 << 20  # of a header
-_EXPLICIT, _IMPLICIT, _TAG, _LENGTH = (Struct(text).unpack_from for text in ("<HH2sH", "<HHL", "<HH", "<L"))
+_EXPLICIT, _IMPLICIT, _TAG, _LENGTH = (struct.Struct(text).unpack_from for text in ("<HH2sH", "<HHL", "<HH", "<L"))
 _UNDEFINED = 0xFFFFFFFF
 _META_LENGTH, _SYNTAX, _CHARACTER_SET, _SOP_CLASS = 0x00020000, 0x00020010, 0x00080005, 0x00080016
 _LAST_META, _LAST_HEADER, _LAST_INNER = 0x0002FFFF, 0x7FE00007, 0xFFFDFFFF
@@ -76,12 +76,12 @@ def walk(file: BinaryIO, start: bytes, tags: Container[int]) -> Elements | None:
     try:
         try:
             return _walk(start, tags)
-        except error:  # the header goes on
+        except struct.error:  # the header goes on
             if len(start) < FIRST_BYTES:
                 return None
             file.seek(0)
             return _walk(file.read(_MOST_BYTES), tags)
-    except (error, _Irregular):
+    except (struct.error, _Irregular):
         return None
 
 
@@ -186,15 +186,15 @@ def _element(
 
     data = Dataset()
     data.set_original_encoding(not explicit, True, list(encodings) or default_encoding)
-    for each, (letters, value) in {_PIXEL_REPRESENTATION: sign or (b"", b""), tag: (vr, content)}.items():
-        if each == tag or sign:
-            name = letters.decode() or None
-            held: Any = value or empty_value_for_VR(name, raw=True)
-            data[BaseTag(each)] = RawDataElement(BaseTag(each), name, len(value), held, 0, not explicit, True)
+    beside = {_PIXEL_REPRESENTATION: sign} if sign else {}
+    for each, (letters, value) in (beside | {tag: (vr, content)}).items():
+        name = letters.decode() or None
+        held: Any = value or empty_value_for_VR(name, raw=True)
+        data[BaseTag(each)] = RawDataElement(BaseTag(each), name, len(value), held, 0, not explicit, True)
     return data[BaseTag(tag)]
 
 
-@cache
+@lru_cache(maxsize=64)
 def _encodings(vr: bytes, content: bytes, explicit: bool) -> tuple[str, ...]:
     """Python's names of the character sets that the value of Specific Character Set names."""
     from pydicom.charset import convert_encodings

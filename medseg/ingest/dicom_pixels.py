@@ -1,5 +1,6 @@
 """Read the pixels of DICOM series whose headers `medseg.ingest.dicom` has checked."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -235,7 +236,8 @@ def _narrowest(low: int, high: int) -> np.dtype[Any]:
 
 def _above_median(value: float, array: NDArray[Any]) -> bool:
     """Whether `value` is above the median, which counting tells unless it falls between the two middle values."""
-    below = int(np.count_nonzero(array < value))
+    limit = math.ceil(value) if array.dtype.kind in "iu" else value  # no float copy of integers
+    below = int(np.count_nonzero(array < limit))
     return below > array.size // 2 if abs(2 * below - array.size) > 1 else value > float(np.median(array))
 
 

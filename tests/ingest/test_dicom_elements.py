@@ -19,6 +19,7 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
 from medseg.config import IngestConfig
 from medseg.ingest import dicom_elements, dicom_headers
 from medseg.ingest.dicom_headers import Header, read_header
+from medseg.ingest.dicom_pixels import _above_median
 from medseg.ingest.dicom_write import write_series
 from medseg.ingest.scan import Refused, Source
 from medseg.ingest.sources import discover, read_source
@@ -209,3 +210,12 @@ def test_bytes_behind_the_pixels_are_read_by_pydicom(tmp_path: Path) -> None:
     source = one_source(tmp_path)
     assert source.plain == (None,) * 3
     np.testing.assert_array_equal(read_source(source).channels[0].array, volume.array)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_counting_tells_what_lies_above_the_median(count: int) -> None:
+    rng = np.random.default_rng(count)
+    for _ in range(50):
+        array = rng.integers(0, 5, count).astype(np.int16)
+        for value in range(-1, 6):
+            assert _above_median(value, array) == (value > np.median(array))
