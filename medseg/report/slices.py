@@ -171,7 +171,7 @@ def crop_to_structure(scene: Scene) -> Scene:
 
 def cut(array: Array, plane: Plane, index: int) -> Array:
     """The slice of a canonical volume as (rows, columns) of the picture, first row on top."""
-    picture = np.moveaxis(array, plane.axis, 0)[index]  # both remaining axes in rising order; no copy, as `take` makes
+    picture: Array = np.moveaxis(array, plane.axis, 0)[index]  # both remaining axes in rising order
     return picture[::-1, ::-1].T
 
 
