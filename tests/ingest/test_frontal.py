@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from synthetic import chest
 
 from medseg.config import IngestConfig
 from medseg.ingest import quality
@@ -14,19 +15,6 @@ from medseg.ingest.scan import Refused, Scan
 from medseg.volume import Volume
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cxr_tb" / "images"
-
-
-def chest(rows: int = 300, columns: int = 280, noise: float = 0.05) -> NDArray[np.uint16]:
-    """Two dark lungs, pointed at the top, with ribs across them, beside a bright middle in a bright body."""
-    y, x = (np.mgrid[:rows, :columns] + 0.5) / np.reshape([rows, columns], (2, 1, 1))
-    aside = np.abs(x - 0.5)
-    image = np.where(aside < 0.46, 0.75, 0.0)
-    width = 0.34 * np.sqrt(np.clip((y - 0.08) / 0.72, 0, 1))
-    lung = (aside > 0.05) & (aside < 0.05 + width) & (y < 0.8)
-    image[lung] = 0.25 + 0.05 * np.sin(60 * y[lung])
-    image[(y < 0.1) & (aside > 0.2)] = 0  # beside the neck
-    image += np.random.default_rng(0).normal(0, noise, image.shape)
-    return (np.clip(image, 0, 1) * 4000).astype(np.uint16)
 
 
 def codes(image: NDArray[np.generic]) -> list[str]:
