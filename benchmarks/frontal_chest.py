@@ -10,8 +10,8 @@ pictures and DICOM radiographs that are no chests. Prints one row per kind of pi
 
 import argparse
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from medseg.config import IngestConfig
 from medseg.files import read_rows
-from medseg.ingest.frontal import check_frontal
+from medseg.ingest.frontal import check_frontal, likenesses
 from medseg.ingest.quality import MIN_RADIOGRAPH_PIXELS
 from medseg.ingest.radiograph import read_picture
 from medseg.ingest.sources import discover, read_source
@@ -63,16 +63,21 @@ def views(folder: Path) -> Iterator[tuple[str, Picture]]:
 
 
 def pictures(folder: Path) -> Iterator[tuple[str, Picture]]:
-    """Pictures and DICOM radiographs below a folder, each content once, and crops of the large ones."""
+    """Pictures and DICOM radiographs below a folder, each content once, and crops of the large ones.
+
+    Radiographs whose header names another part of the body or another view have a row of their own.
+    """
     rng, seen = np.random.default_rng(0), set()
     for source in discover([folder], IngestConfig())[0]:
         digest = hashlib.sha256(source.files[0].read_bytes()).digest()
         if source.kind != "radiograph" or digest in seen:
             continue
         seen.add(digest)
-        image = read_source(source).channels[0].array
+        scan = read_source(source)
+        image = scan.channels[0].array
         if min(image.shape) >= MIN_RADIOGRAPH_PIXELS:
-            yield f"pictures in {folder.name}", image
+            other = "not_frontal_chest" in {finding.code for finding in scan.findings}
+            yield f"{'other radiographs' if other else 'pictures'} in {folder.name}", image
         for _ in range(CROPS if min(image.shape) >= 256 else 0):
             size = rng.integers(128, 257, 2)
             row, column = (
@@ -94,11 +99,64 @@ def shapes() -> Iterator[tuple[str, Picture]]:
         yield "disc", inside + rng.normal(0, 0.1, (256, 256))
 
 
+def limits(found: Sequence[tuple[float, ...]]) -> tuple[float, float, float]:
+    """The three limits of the check as one site alone would set them: no chest, doubtful, and the margin of a turn."""
+    upright = np.array([values[0] for values in found])
+    margin = max(max(values[1:]) - values[0] for values in found)
+    return 0.85 * float(upright.min()), float(np.quantile(upright, 0.005)), margin + 0.03
+
+
+def print_sites(measured: dict[str, list[tuple[float, ...]]]) -> None:
+    """Limits set on each site, tried on every other."""
+    print("\n| limits from | no chest | doubtful | turn | tried on | number | refused (turned) | no chest | doubtful |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for own, theirs in measured.items():
+        none, doubtful, margin = limits(theirs)
+        for other, values in measured.items():
+            if other != own:
+                turned = [max(v[1:]) >= doubtful and max(v[1:]) - v[0] > margin for v in values]
+                left = [v[0] for v, is_turned in zip(values, turned, strict=True) if not is_turned]
+                counts = [sum(turned), sum(v < none for v in left), sum(none <= v < doubtful for v in left)]
+                cells = [own, *(f"{limit:.2f}" for limit in (none, doubtful, margin)), other, len(values), *counts]
+                print("| " + " | ".join(map(str, cells)) + " |")
+
+
 def main() -> None:
-    """Print the table in Markdown."""
+    """Print the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("chests", type=Path)
     parser.add_argument("--sites", type=Path)
     parser.add_argument("--volumes", nargs="*", type=Path, default=[])
     parser.add_argument("--pictures", nargs="*", type=Path, default=[])
     args = parser.parse_args()
+    site_of = {Path(row["image"]).name: row["site"] for row in read_rows(args.sites)} if args.sites else {}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    measured: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+
+    def count(kind: str, image: Picture) -> None:
+        codes = [finding.code for finding in check_frontal(image)] or ["passed"]
+        counts[kind].update(codes)
+
+    for name, image in chests(args.chests):
+        for kind, change in CHANGES.items():
+            count(kind, change(image))
+        if name in site_of:
+            measured[site_of[name]].append(likenesses(image))
+    for folder in args.volumes:
+        for kind, image in views(folder):
+            count(kind, image)
+    for folder in args.pictures:
+        for kind, image in pictures(folder):
+            count(kind, image)
+    for kind, image in shapes():
+        count(kind, image)
+    columns = ("not_frontal_chest", "no_chest", "chest_doubtful", "passed")
+    print("| picture | number | refused (turned) | no chest | doubtful | passed |\n|---|---|---|---|---|---|")
+    for kind, found in counts.items():
+        print(f"| {kind} | {found.total()} | {' | '.join(str(found[code]) for code in columns)} |")
+    if measured:
+        print_sites(measured)
+
+
+if __name__ == "__main__":
+    main()

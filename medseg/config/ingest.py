@@ -34,8 +34,8 @@ class TableConfig(Strict):
 FindingCode = Literal[
     "anisotropic", "burned_in_text", "chest_doubtful", "colour", "detector_spacing", "few_levels",
     "few_pixels", "few_voxels", "for_processing", "form_mismatch", "form_mirrored", "gantry_tilt", "implausible_extent",
-    "implausible_spacing", "no_orientation", "not_frontal_chest", "not_hounsfield", "padding", "secondary_capture",
-    "spacing_unknown", "view_unknown",
+    "implausible_spacing", "no_chest", "no_orientation", "not_frontal_chest", "not_hounsfield", "padding",
+    "secondary_capture", "spacing_unknown", "view_unknown",
 ]  # fmt: skip
 
 

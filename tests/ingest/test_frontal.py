@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from synthetic import chest
 
-from medseg.config import IngestConfig
+from medseg.config import IngestConfig, VerdictConfig
 from medseg.ingest import quality
 from medseg.ingest.frontal import check_frontal, likeness
 from medseg.ingest.scan import Refused, Scan
@@ -56,11 +56,32 @@ def test_what_is_no_chest_is_flagged_and_can_be_refused() -> None:
         0, 50, (200, 200), np.uint16
     )
     for image in (rng.integers(0, 4000, (200, 200)).astype(np.uint16), (rows * 20).astype(np.uint16), disc):
-        assert codes(image) == ["chest_doubtful"]
+        assert codes(image) == ["no_chest"]
     scan = Scan("c", "p", (Volume(disc, np.eye(4)),), "", "radiograph", "png", (), "")
-    assert "chest_doubtful" in {found.code for found in quality.check(scan)}
-    with pytest.raises(Refused, match="hardly looks like"):
-        quality.check(scan, IngestConfig(refuse=("chest_doubtful",)))
+    assert "no_chest" in {found.code for found in quality.check(scan)}
+    with pytest.raises(Refused, match="does not look like"):
+        quality.check(scan, IngestConfig(refuse=("no_chest",)))
+    assert "no_chest" in VerdictConfig().withhold, "no verdict on a picture of something else"
+
+
+def test_dark_air_that_nothing_encloses_is_no_lung() -> None:
+    """As beside a neck below bright shoulders; and a leg, darker than the white edges of its plate."""
+    rows, columns = (np.mgrid[:300, :280] + 0.5) / np.reshape([300, 280], (2, 1, 1))
+    aside = np.abs(columns - 0.5)
+    neck = np.where((rows < 0.12) | (rows > 0.8) | (aside < 0.08), 3000, 0)
+    leg = np.where(aside > 0.35, 4000, np.where(aside < 0.08, 1600, 400))
+    noise = np.random.default_rng(0).normal(0, 100, neck.shape)
+    for image in (neck, leg):
+        assert set(codes(image + noise)) & {"no_chest", "chest_doubtful"}
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_a_photograph_gets_no_verdict_or_is_doubtful(name: str) -> None:
+    from sklearn.datasets import load_sample_image
+
+    grey = load_sample_image(name).mean(axis=2)
+    assert set(codes(grey)) <= {"no_chest", "chest_doubtful", "not_frontal_chest"}
+    assert codes(grey)
 
 
 @pytest.mark.shared_data
