@@ -90,10 +90,9 @@ class CaseFolder:
         self._clear()
         flags = [Finding(refused.code, "error", refused.reason)]
         outputs: list[Path] = []
-        verdict = self.bundle.verdict
+        verdict, source = self.bundle.verdict, self.job.dicom_radiograph
         told = verdict.as_result(None) if verdict is not None else None
-        if told is not None and self.job.dicom_radiograph is not None:
-            source = self.job.dicom_radiograph
+        if told is not None and source is not None:
             outputs = write_verdict_report(
                 self.path, source, told, self.bundle, [refused.code], flags, seed_uid=self._seed_uid
             )

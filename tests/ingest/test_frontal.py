@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -14,7 +15,8 @@ from medseg.ingest.frontal import check_frontal, likeness
 from medseg.ingest.scan import Refused, Scan
 from medseg.volume import Volume
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cxr_tb" / "images"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+REAL, VOLUMES = DATA / "cxr_tb" / "images", DATA / "headneck_ct" / "images"
 
 
 def codes(image: NDArray[np.generic]) -> list[str]:
@@ -93,3 +95,12 @@ def test_no_real_chest_is_refused_and_turned_ones_are() -> None:
     for turns in (1, 2, 3):
         caught = sum(codes(np.rot90(image, turns)) == ["not_frontal_chest"] for image in images)
         assert caught >= 0.9 * len(images)
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not VOLUMES.is_dir(), reason="the real scans (../shared/data) are not here")
+def test_projections_of_head_and_neck_are_no_chests() -> None:
+    for path in sorted(VOLUMES.glob("*.nii.gz"))[::25]:
+        array = np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+        for axis in range(3):
+            assert codes(np.rot90(array.mean(axis))[::-1]), f"{path.name} along axis {axis}"
