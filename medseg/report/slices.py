@@ -88,8 +88,8 @@ class Scene:
         """Where the prediction has a structure and the label, which would tell of it, has none."""
         assert self.label is not None
         assert self.pred is not None
-        found = (self.label == 0) & (self.pred > 0)  # type: ignore[operator]
-        return found & ~np.isin(self.pred, self.not_annotated)
+        extra: NDArray[np.bool_] = (self.label == 0) & (self.pred > 0)  # type: ignore[operator]
+        return extra & ~np.isin(self.pred, self.not_annotated)
 
 
 def load_scene(
