@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -146,3 +147,27 @@ def calibrated_bundle(folder: Path, *overrides: str) -> Path:
     facts = {"run_id": "run-1", "cohort_sha256": "c" * 64, "metrics": {}}
     plan = Plan(spatial_dims=2, patch_size=(32, 32), batch_size=1, size_px=(32, 32))
     return save_bundle(folder, state_dict=net.state_dict(), config=config, plan=plan, verdict=verdict, **facts)
+
+
+def contoured(number: int) -> frozenset[int]:
+    """Of the seven structures of `headneck_lookalike`, those that case `number` has contoured; every third has all."""
+    return frozenset(value for value in range(1, 8) if number % 3 == 0 or value < 4 or (number + value) % 4)
+
+
+def headneck_lookalike(folder: Path, count: int = 12) -> Path:
+    """CT stored as HU + 1024 with air = 0, whose headers hold a spacing alone; a box for each of seven structures, all
+    of them in every image, but in a label map only where `contoured` says so."""
+    rng = np.random.default_rng(11)
+    for number in range(count):
+        label = np.zeros((20, 22, 18), dtype=np.uint8)
+        for value in range(1, 8):
+            x, y, z = 2 + 5 * (value % 3) + rng.integers(3), 2 + 6 * (value // 3) + rng.integers(3), rng.integers(2, 8)
+            label[x : x + 4, y : y + 4, z : z + 8] = value
+        image = np.zeros(label.shape)
+        image[1:-1, 1:-1] = 1024 + rng.normal(0, 20, image[1:-1, 1:-1].shape)
+        image += 120.0 * label
+        label[~np.isin(label, list(contoured(number)))] = 0
+        for kind, array in (("images", image.round().astype(np.int16)), ("labels", label)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.diag([4.0, 4.0, 2.5, 1.0])), folder / kind / f"pt_{number}.nii.gz")
+    return folder

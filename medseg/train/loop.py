@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.config import TrainConfig
-from medseg.data.batches import BatchSource
+from medseg.data.batches import Batch, BatchSource
 from medseg.files import UserError
 from medseg.progress import progress
 from medseg.train.checkpoints import load_checkpoint, save_checkpoint
@@ -113,7 +113,7 @@ def train_loop(
             started = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - started
-            value = _train_step(training, batch.image, batch.target, loss, config, total, device, bf16)
+            value = _train_step(training, batch, loss, config, total, device, bf16)
             training.sums["loss"] += value
             training.sums["wait_s"] += waited
             training.sums["seconds"] += time.perf_counter() - started
@@ -137,8 +137,7 @@ def resume_training(training: Training, folder: Path) -> None:
 
 def _train_step(
     training: Training,
-    image: Tensor,
-    target: Tensor,
+    batch: Batch,
     loss: nn.Module,
     config: TrainConfig,
     total: int,
@@ -148,11 +147,12 @@ def _train_step(
     training.net.train()
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(config, training.step, total)
-    image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
-    value, norm = _gradients(training, image, target, loss, config, bf16=bf16)
+    image = batch.image.to(device, non_blocking=True)
+    targets = [part.to(device, non_blocking=True) for part in (batch.target, batch.annotated) if part is not None]
+    value, norm = _gradients(training, image, targets, loss, config, bf16=bf16)
     if bf16 and device.type == "cpu" and not torch.isfinite(norm):
         # oneDNN's bf16 kernels for a CPU without AMX read memory that was never written where an axis has two positions
-        value, norm = _gradients(training, image, target, loss, config, bf16=False)
+        value, norm = _gradients(training, image, targets, loss, config, bf16=False)
     if not (torch.isfinite(value) and torch.isfinite(norm)):
         what = f"loss is {value.item()}" if not torch.isfinite(value) else f"gradient's norm is {norm.item()}"
         raise UserError(
@@ -165,12 +165,12 @@ def _train_step(
 
 
 def _gradients(
-    training: Training, image: Tensor, target: Tensor, loss: nn.Module, config: TrainConfig, *, bf16: bool
+    training: Training, image: Tensor, targets: Sequence[Tensor], loss: nn.Module, config: TrainConfig, *, bf16: bool
 ) -> tuple[Tensor, Tensor]:
     """Set the clipped gradients of one batch; returns the loss, and the norm before clipping."""
     training.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-        value: Tensor = loss(training.net(image), target)
+        value: Tensor = loss(training.net(image), *targets)
     value.backward()  # type: ignore[no-untyped-call]
     return value.detach(), nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
 
