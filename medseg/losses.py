@@ -2,7 +2,7 @@
 number of training cases."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from monai.losses import DiceLoss
@@ -10,6 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg.config import BinaryCrossEntropyConfig, CrossEntropyConfig, DiceCEConfig, LossConfig
+
+
+class WithLosses(NamedTuple):
+    """What a network that brings losses of its own puts out in training; in evaluation it puts out the logits alone.
+
+    Attributes:
+        logits: as any network's.
+        losses: by name, scalar and weighted, to be added to the loss of the logits.
+    """
+
+    logits: Tensor
+    losses: Mapping[str, Tensor]
+
+
+def losses_of(loss: nn.Module, output: Any, target: Tensor) -> dict[str, Tensor]:
+    """`loss`, the sum that is minimised; beside it `<name>_loss` of each that the network itself brings."""
+    if not isinstance(output, WithLosses):
+        return {"loss": loss(output, target)}
+    own = {f"{name}_loss": value for name, value in output.losses.items()}
+    return {"loss": loss(output.logits, target) + sum(own.values()), **own}
 
 
 class DiceCELoss(nn.Module):
