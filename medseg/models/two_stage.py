@@ -92,7 +92,7 @@ class TwoStage(nn.Module):
         else:
             seen = torch.cat([backbone(quadrants), backbone(whole)])
         seen = functional.layer_norm(seen, seen.shape[1:])
-        return torch.cat(seen.split(len(whole)), 1)
+        return torch.cat(seen.chunk(VIEWS), 1)
 
 
 def _headless(config: BackboneConfig, spatial_dims: int, in_channels: int) -> tuple[nn.Module, int]:

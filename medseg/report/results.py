@@ -167,7 +167,7 @@ def _one_against_the_rest(metrics: Mapping[str, Any]) -> Table:
     if metrics.get("positive") is not None:
         note += (
             f" A case is called {metrics['positive']} from a probability of {metrics['threshold']:.3g} on, else the "
-            "most probable other class."
+            f"most probable other class; the curve below is that of {metrics['positive']}."
         )
     columns = ("Class", *(metric(name)[0] for name in names), "Cases")
     return Table("Each class against all others", columns, tuple(rows), (False, *[True] * (len(names) + 1)), note)
@@ -180,7 +180,7 @@ def _confusion_table(classes: Sequence[str], confusion: Sequence[Sequence[int]])
         shares = [f"{count / total:.0%}" if total else "" for count in counts]
         cells = (replace(number(count), detail=share) for count, share in zip(counts, shares, strict=True))
         rows.append((words(f"is {name}"), *cells))
-    columns = ("", *(f"called {name}" for name in classes))
+    columns = ("", *(f"called {name.replace('_', ' ')}" for name in classes))  # so that a long name has two lines
     note = "Below each number of cases its share of the row."
     return Table("Confusion", columns, tuple(rows), (False, *[True] * len(classes)), note)
 

@@ -138,21 +138,18 @@ def _explanations(measured: Mapping[str, Any]) -> page.Table | None:
     checks = list(candidates[0]["checks"])
     rows = []
     for found in candidates:
-        passing = [
-            page.estimate({**found["checks"][name], "value": found["checks"][name]["share"]}, 2) for name in checks
-        ]
-        score = page.estimate({**found, "value": found["score"]}, 2)
-        rows.append((page.words(found["method"], detail=found["layer"]), score, *passing))
+        shares = ({**found["checks"][name], "mean": found["checks"][name]["share"]} for name in checks)
+        figures = ({**found, "mean": found["score"]}, *shares)
+        cells = (page.estimate(figure, 2) for figure in figures)
+        rows.append((page.words(found["method"]), page.words(found["layer"]), *cells))
     note = (
         f"On {measured['n']} cases of the split “{measured['split']}”, with 95 % intervals. The score is the share of "
         "the other candidates that a map beats, averaged over checks and cases; then the share of maps that pass each "
-        "check. "
-        f"Maps are made by {measured['chosen']['method']} where the config says auto."
+        f"check. Maps are made by {measured['chosen']['method']} where the config says auto."
     )
-    columns = ("Method and layer", "Score", *(name.capitalize() for name in checks))
-    return page.Table(
-        "Which activation maps explain best?", columns, tuple(rows), (False, *[True] * (len(checks) + 1)), note
-    )
+    columns = ("Method", "Layer", "Score", *(name.capitalize() for name in checks))
+    numeric = (False, False, *[True] * (len(checks) + 1))
+    return page.Table("Which activation maps explain best?", columns, tuple(rows), numeric, note)
 
 
 def _flow(value: object) -> str:
