@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from medseg.config import TrainConfig
-from medseg.data.batches import BatchSource
+from medseg.data.batches import Batch, BatchSource
 from medseg.files import UserError
+from medseg.models.features import features_and_logits
 from medseg.progress import progress
+from medseg.train.adversary import SiteAdversary
 from medseg.train.checkpoints import load_checkpoint, save_checkpoint
 from medseg.train.device import peak_memory_gb
 from medseg.train.schedule import learning_rate
@@ -29,12 +31,14 @@ class Training:
 
     Attributes:
         net: trained by gradient. average: exponential moving average of its weights; validated and saved.
+        adversary: a second head that makes the features forget the site, where one is trained against.
         step: finished steps. history: one row an epoch. sums: loss and waiting of the unfinished epoch.
     """
 
     net: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
+    adversary: SiteAdversary | None = None
     step: int = 0
     best_score: float = -math.inf
     best_state: dict[str, Tensor] | None = None
@@ -47,6 +51,7 @@ class Training:
             "net": self.net.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "adversary": self.adversary.state_dict() if self.adversary else None,
             "step": self.step,
             "best_score": self.best_score,
             "best_state": self.best_state,
@@ -60,6 +65,8 @@ class Training:
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
         self.step, self.best_score, self.best_state = state["step"], state["best_score"], state["best_state"]
         self.history, self.sums = state["history"], state["sums"]
         torch.set_rng_state(state["torch_rng"])
@@ -77,6 +84,12 @@ def start_training(net: nn.Module, config: TrainConfig) -> Training:
         optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     average = copy.deepcopy(net).requires_grad_(False)
     return Training(net, average, optimizer)
+
+
+def train_against(training: Training, adversary: SiteAdversary) -> None:
+    """From now on the adversary's head is trained too, and the network against it."""
+    training.adversary = adversary
+    training.optimizer.add_param_group({"params": list(adversary.parameters())})
 
 
 def train_loop(
@@ -113,7 +126,7 @@ def train_loop(
             started = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - started
-            value = _train_step(training, batch.image, batch.target, loss, config, total, device, bf16)
+            value = _train_step(training, batch, loss, config, total, device, bf16)
             training.sums["loss"] += value
             training.sums["wait_s"] += waited
             training.sums["seconds"] += time.perf_counter() - started
@@ -137,8 +150,7 @@ def resume_training(training: Training, folder: Path) -> None:
 
 def _train_step(
     training: Training,
-    image: Tensor,
-    target: Tensor,
+    batch: Batch,
     loss: nn.Module,
     config: TrainConfig,
     total: int,
@@ -148,11 +160,11 @@ def _train_step(
     training.net.train()
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(config, training.step, total)
-    image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
-    value, norm = _gradients(training, image, target, loss, config, bf16=bf16)
+    objective = _objective(training, batch, loss, training.step / total, device)
+    value, norm = _gradients(training, objective, config, device, bf16=bf16)
     if bf16 and device.type == "cpu" and not torch.isfinite(norm):
         # oneDNN's bf16 kernels for a CPU without AMX read memory that was never written where an axis has two positions
-        value, norm = _gradients(training, image, target, loss, config, bf16=False)
+        value, norm = _gradients(training, objective, config, device, bf16=False)
     if not (torch.isfinite(value) and torch.isfinite(norm)):
         what = f"loss is {value.item()}" if not torch.isfinite(value) else f"gradient's norm is {norm.item()}"
         raise UserError(
@@ -164,13 +176,31 @@ def _train_step(
     return float(value)
 
 
+def _objective(
+    training: Training, batch: Batch, loss: nn.Module, progress: float, device: torch.device
+) -> Callable[[], Tensor]:
+    """A function that runs the network on a batch; its value is what the step makes smaller."""
+    image, target = batch.image.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
+    adversary = training.adversary
+    if adversary is None:
+        return lambda: loss(training.net(image), target)
+    case_B = torch.tensor([item.index for item in batch.parameters], device=device)
+
+    def against_adversary() -> Tensor:
+        features, logits = features_and_logits(training.net, image)
+        value: Tensor = loss(logits, target) + adversary(features, case_B, progress)
+        return value
+
+    return against_adversary
+
+
 def _gradients(
-    training: Training, image: Tensor, target: Tensor, loss: nn.Module, config: TrainConfig, *, bf16: bool
+    training: Training, objective: Callable[[], Tensor], config: TrainConfig, device: torch.device, *, bf16: bool
 ) -> tuple[Tensor, Tensor]:
     """Set the clipped gradients of one batch; returns the loss, and the norm before clipping."""
     training.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-        value: Tensor = loss(training.net(image), target)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        value = objective()
     value.backward()  # type: ignore[no-untyped-call]
     return value.detach(), nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
 
