@@ -101,6 +101,12 @@ class Bundle:
         found: Mapping[str, Any] = self.facts.get("evidence") or {}
         return found
 
+    @property
+    def trained_sites(self) -> Sequence[str] | None:
+        """Where the cases of training and validation come from; None when that was not recorded."""
+        about = self.verdict.fitted if self.verdict else self.facts.get("adapted") or {}
+        return about.get("trained_sites")
+
     def identity(self) -> dict[str, str]:
         """Name, hash and run, as results quote them."""
         return {"name": self.name, "sha256": self.sha256, "run_id": self.run_id}
@@ -174,7 +180,7 @@ def save_bundle(
         facts["evidence"] = evidence or {}
     with _new_folder(folder) as part:
         for name, state in states.items():
-            _write_weights(part / name, state)
+            write_weights(part / name, state)
         for name, text in (attached or {}).items():
             write_text(part / name, text)
         _write_about(part, facts, config, plan, verdict, [*states, *(attached or {})])
@@ -194,14 +200,37 @@ def with_verdict(
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
-    if run_id is not None:
-        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    facts = _facts_from(bundle, run_id)
     kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]
     with _new_folder(folder) as part:
         for name in kept:
             shutil.copyfile(bundle.folder / name, part / name)
         _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
+    return folder
+
+
+def with_weights(
+    bundle: Bundle, folder: Path, states: "Sequence[Mapping[str, Tensor]]", adapted: Mapping[str, Any], *, run_id: str
+) -> Path:
+    """Write a bundle with the config and plan of another and other weights, without its calibration and verdict.
+
+    Args:
+        states: the weights, of joined folds those of each.
+        adapted: what they were adapted to, for `bundle.json` and the model card.
+        run_id: the run that adapted it; see `with_verdict`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {**_facts_from(bundle, run_id), "calibration": None, "operating_point": None, "adapted": adapted}
+    names = [str(member["weights"]) for member in bundle.members] or [WEIGHTS]
+    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT, *names)]
+    with _new_folder(folder) as part:
+        for name, state in zip(names, states, strict=True):
+            write_weights(part / name, state)
+        for name in kept:
+            shutil.copyfile(bundle.folder / name, part / name)
+        _write_about(part, facts, bundle.config, bundle.plan, None, [*names, *kept])
     return folder
 
 
@@ -256,6 +285,16 @@ def read_weights(bundle: Bundle, name: str = WEIGHTS) -> dict[str, "Tensor"]:
     return weights
 
 
+def write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> Path:
+    """Write tensors on any device as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}
+    with replacing(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt"})
+    return path
+
+
 def check_target(folder: Path) -> None:
     """A bundle may take the place of nothing and of another bundle only. Raises UserError where it would of more."""
     if folder.exists() and not (folder / "bundle.json").is_file() and not _is_empty(folder):
@@ -292,6 +331,14 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _facts_from(bundle: Bundle, run_id: str | None) -> dict[str, Any]:
+    """The facts of a bundle for one made from it, by a run where one is named."""
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    if run_id is not None:
+        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    return facts
+
+
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
@@ -315,14 +362,6 @@ def _write_about(
     write_text(part / "MODEL_CARD.md", model_card(facts, config, plan, verdict))
     facts["files"] = {name: sha256_file(part / name) for name in names}
     write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
-
-
-def _write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> None:
-    from safetensors.torch import save_file
-
-    own = {name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}
-    with replacing(path) as temporary:
-        save_file(own, temporary, metadata={"format": "pt"})
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
