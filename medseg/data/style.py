@@ -78,7 +78,8 @@ def _mix_amplitude(image_CDHW: Tensor, other_CDHW: Tensor, share: float) -> Tens
     axes = tuple(range(1, image_CDHW.ndim))
     own, other = (torch.fft.rfftn(x, dim=axes) for x in (image_CDHW, other_CDHW))
     amplitude = (1 - share) * own.abs() + share * other.abs()
-    return torch.fft.irfftn(torch.polar(amplitude, own.angle()), s=image_CDHW.shape[1:], dim=axes)
+    mixed: Tensor = torch.fft.irfftn(torch.polar(amplitude, own.angle()), s=image_CDHW.shape[1:], dim=axes)
+    return mixed
 
 
 def _convolve(image_CDHW: Tensor, style: Style) -> Tensor:
