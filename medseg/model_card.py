@@ -36,6 +36,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             "",
             f"Trained on {cases} cases of the cohort with SHA-256 `{facts['cohort_sha256']}`, on "
             f"{f'a grid of {grid}' if grid else 'their own grids'} (normalisation: {plan.normalise}).",
+            *_partly_annotated(plan),
             simulated if config.ingest.simulated else "",
             "## Figures",
             "",
@@ -58,6 +59,16 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             "",
         ]
     )
+
+
+def _partly_annotated(plan: Plan) -> Iterator[str]:
+    """Which structures the labels of some training cases do not tell of."""
+    cases, classes = plan.fingerprint.get("read_cases", 0), plan.fingerprint.get("classes", {})
+    few = [
+        f"{name} in {found['annotated']}" for name, found in classes.items() if found.get("annotated", cases) < cases
+    ]
+    if few:
+        yield f"Some have not all structures contoured; of {cases} cases looked at: {', '.join(few)}."
 
 
 def _joined(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -119,7 +119,9 @@ class SegmentConfig(Strict):
 
 
 class ExportConfig(Strict):
-    """Results as DICOM, for scans that came as DICOM. `segments` gives codes to labels.
+    """Results as DICOM, for scans that came as DICOM.
+
+    `segments` gives codes to labels; of a classifier, the `type` of the class to refer names its verdict.
 
     `segmentation`: `binary` has one frame per label and slice, and every viewer reads it; `labelmap` has one per
     slice, which is far smaller with many labels, but only recent viewers read it.

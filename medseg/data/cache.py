@@ -33,6 +33,7 @@ class Example:
         points: per label value 1, 2, …: (n, space) int32 voxel indices of that label, at most 5000, evenly spread.
         target: class index, or for each label in the order of its value whether it is present (1) or not (0); -1 for
             segmentation.
+        annotated: of each class, background first, whether the label tells of it; empty when of all.
     """
 
     case: Case
@@ -40,6 +41,7 @@ class Example:
     label: NDArray[np.integer] | None
     points: tuple[NDArray[np.int32], ...]
     target: int | tuple[int, ...]
+    annotated: tuple[bool, ...] = ()
 
 
 def load_examples(
@@ -81,10 +83,13 @@ def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool
         _save(image_path, prepared.image)
     image = np.load(image_path, mmap_mode="r", allow_pickle=False)
     label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
-    points = () if label is None else _points(np.asarray(label), max(cohort.label_names.values(), default=0))
+    classes = max(cohort.label_names.values(), default=0)
+    points = () if label is None else _points(np.asarray(label), classes)
     if label is not None:
         release(label)
-    return Example(case, image, label, points, _target(cohort, case, multi_label))
+    known = cohort.annotated(case) if case.annotated else ()
+    annotated = tuple(value == 0 or value in known for value in range(classes + 1)) if known else ()
+    return Example(case, image, label, points, _target(cohort, case, multi_label), annotated)
 
 
 def _target(cohort: Cohort, case: Case, multi_label: bool) -> int | tuple[int, ...]:

@@ -100,6 +100,8 @@ def _class_table(metrics: Mapping[str, Any]) -> Table:
     note = "Mean over cases with its 95 % interval below (bootstrap over patients)."
     if tolerance is not None:
         note += f" Surface Dice at a tolerance of {tolerance:g} mm."
+    if metrics.get("annotated"):
+        note += " Not every case has all structures contoured: a row rests on those in which its structure is."
     columns = ("Class", *(metric(name)[0] for name in names), "Cases")
     return Table(
         "Agreement with the reference by class", columns, tuple(rows), (False, *[True] * (len(names) + 1)), note

@@ -180,15 +180,16 @@ def _objective(
     training: Training, batch: Batch, loss: nn.Module, progress: float, device: torch.device
 ) -> Callable[[], Tensor]:
     """A function that runs the network on a batch; its value is what the step makes smaller."""
-    image, target = batch.image.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
+    image = batch.image.to(device, non_blocking=True)
+    targets = [part.to(device, non_blocking=True) for part in (batch.target, batch.annotated) if part is not None]
     adversary = training.adversary
     if adversary is None:
-        return lambda: loss(training.net(image), target)
+        return lambda: loss(training.net(image), *targets)
     case_B = torch.tensor([item.index for item in batch.parameters], device=device)
 
     def against_adversary() -> Tensor:
         features, logits = features_and_logits(training.net, image)
-        value: Tensor = loss(logits, target) + adversary(features, case_B, progress)
+        value: Tensor = loss(logits, *targets) + adversary(features, case_B, progress)
         return value
 
     return against_adversary

@@ -75,5 +75,5 @@ def run(
 class _MeanLoss(nn.Module):
     """The mean of the losses that the model puts out itself; there is no target."""
 
-    def forward(self, losses_B: Tensor, target: Tensor) -> Tensor:
+    def forward(self, losses_B: Tensor, *targets: Tensor) -> Tensor:
         return losses_B.mean()

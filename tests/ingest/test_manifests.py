@@ -24,7 +24,7 @@ def tree(name: str = "nlm_montgomery") -> dict:
 def test_the_sets_that_users_bring_are_described() -> None:
     assert {name for name in MANIFESTS if not name.startswith("decathlon_")} == {
         *("amos22", "brats_2020", "brats_2023", "btcv", "mrbrains18", "nlm_montgomery", "nlm_shenzhen", "oasis3"),
-        *("pancreas_ct", "totalsegmentator_v2"),
+        *("mswal", "pancreas_ct", "totalsegmentator_v2"),
     }
     assert sum(name.startswith("decathlon_") for name in MANIFESTS) == 10
 
