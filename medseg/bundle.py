@@ -1,8 +1,8 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
-`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, and
-`bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is pickled, and nothing of it
-is used before its hash is checked.
+`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, where
+its activation maps were measured `explanation.json`, and `bundle.json` with what the model is and the SHA-256 of every
+other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
 
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
-VERDICT = "verdict.json"
+VERDICT, EXPLANATION = "verdict.json", "explanation.json"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -106,6 +106,13 @@ class Bundle:
         """Where the cases of training and validation come from; None when that was not recorded."""
         about = self.verdict.fitted if self.verdict else self.facts.get("adapted") or {}
         return about.get("trained_sites")
+
+    @property
+    def explanation(self) -> Mapping[str, Any]:
+        """What was measured of the activation maps, with the method and layer chosen; empty where nothing was."""
+        known = EXPLANATION in self.facts["files"]
+        found: Mapping[str, Any] = read_json(self.folder / EXPLANATION) if known else {}
+        return found
 
     def identity(self) -> dict[str, str]:
         """Name, hash and run, as results quote them."""
@@ -200,19 +207,44 @@ def with_verdict(
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = _facts_from(bundle, run_id)
-    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]
+    return _rewritten(bundle, folder, _facts_from(bundle, run_id), config or bundle.config, verdict)
+
+
+def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any]) -> Path:
+    """Write a bundle as it is but for what was measured of its activation maps; `folder` may be its own.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {**_facts_from(bundle), "explained_by": {**explanation["chosen"], "n": explanation["n"]}}
+    return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict, explanation)
+
+
+def _rewritten(
+    bundle: Bundle,
+    folder: Path,
+    facts: dict[str, Any],
+    config: Config,
+    verdict: Verdict | None,
+    explanation: Mapping[str, Any] | None = None,
+) -> Path:
+    """Weights, plan and attached files of a bundle with other facts about them."""
+    new = (*_FILES, VERDICT, *([EXPLANATION] if explanation is not None else []))
+    kept = [name for name in bundle.facts["files"] if name not in new]
     with _new_folder(folder) as part:
         for name in kept:
             shutil.copyfile(bundle.folder / name, part / name)
-        _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
+        if explanation is not None:
+            kept.append(write_json(part / EXPLANATION, explanation).name)
+        _write_about(part, facts, config, bundle.plan, verdict, kept)
     return folder
 
 
 def with_weights(
     bundle: Bundle, folder: Path, states: "Sequence[Mapping[str, Tensor]]", adapted: Mapping[str, Any], *, run_id: str
 ) -> Path:
-    """Write a bundle with the config and plan of another and other weights, without its calibration and verdict.
+    """Write a bundle with the config and plan of another and other weights, without its calibration, its verdict and
+    what was measured of its activation maps.
 
     Args:
         states: the weights, of joined folds those of each.
@@ -223,8 +255,9 @@ def with_weights(
         UserError: the folder cannot be written.
     """
     facts = {**_facts_from(bundle, run_id), "calibration": None, "operating_point": None, "adapted": adapted}
+    facts.pop("explained_by", None)
     names = [str(member["weights"]) for member in bundle.members] or [WEIGHTS]
-    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT, *names)]
+    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT, EXPLANATION, *names)]
     with _new_folder(folder) as part:
         for name, state in zip(names, states, strict=True):
             write_weights(part / name, state)
@@ -331,7 +364,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _facts_from(bundle: Bundle, run_id: str | None) -> dict[str, Any]:
+def _facts_from(bundle: Bundle, run_id: str | None = None) -> dict[str, Any]:
     """The facts of a bundle for one made from it, by a run where one is named."""
     facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
     if run_id is not None:

@@ -3,7 +3,7 @@ number of training cases."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from monai.losses import DiceLoss
@@ -12,6 +12,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg.config import BinaryCrossEntropyConfig, CrossEntropyConfig, DiceCEConfig, LossConfig
+
+
+class WithLosses(NamedTuple):
+    """What a network that brings losses of its own puts out in training; in evaluation it puts out the logits alone.
+
+    Attributes:
+        logits: as any network's.
+        losses: by name, scalar and weighted, to be added to the loss of the logits.
+    """
+
+    logits: Tensor
+    losses: Mapping[str, Tensor]
+
+
+def losses_of(loss: nn.Module, output: Any, *targets: Tensor) -> dict[str, Tensor]:
+    """`loss`, the sum that is minimised; beside it `<name>_loss` of each that the network itself brings."""
+    if not isinstance(output, WithLosses):
+        return {"loss": loss(output, *targets)}
+    own = {f"{name}_loss": value for name, value in output.losses.items()}
+    return {"loss": loss(output.logits, *targets) + sum(own.values()), **own}
 
 
 class DiceCELoss(nn.Module):

@@ -53,6 +53,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
             "",
             *(_verdict_lines(verdict) if verdict else ()),
+            *_explanation_lines(facts.get("explained_by") or {}),
             "## Origin",
             "",
             f"Run `{facts['run_id']}`, seed {config.seed}, medseg {facts['version']}.",
@@ -130,6 +131,19 @@ def _verdict_lines(verdict: Verdict) -> list[str]:
         f"Referral rate and predictive values are for a prevalence of {point.get('prevalence')}.",
         "",
         *(["| figure | value | 95 % interval |", "|---|---|---|", *rows, ""] if rows else []),
+    ]
+
+
+def _explanation_lines(chosen: Mapping[str, Any]) -> list[str]:
+    """The section about activation maps, where they were measured."""
+    if not chosen:
+        return []
+    return [
+        "## Explanations",
+        "",
+        f"Activation maps are made by `{chosen['method']}` at the layer `{chosen['layer']}`, which did best on "
+        f"{chosen['n']} validation cases; `explanation.json` has the figures of all that were compared.",
+        "",
     ]
 
 

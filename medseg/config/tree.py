@@ -102,8 +102,10 @@ class Config(Strict):
         self._check_loss()
         if self.plan.appearance != AppearanceConfig() and self.task.spatial_dims != 2:
             raise ValueError("plan.appearance is for radiographs, task.spatial_dims 2; leave it out")
-        if self.train.site_adversary and not classifier:
-            raise ValueError(f"train.site_adversary {self.train.site_adversary} is for a classifier; set it to 0")
+        if self.train.site_adversary and (not classifier or self.model.name == "two_stage"):
+            raise ValueError(
+                f"train.site_adversary {self.train.site_adversary} is for a classifier of one network; set it to 0"
+            )
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from medseg.plan import IMAGE_FIELDS, Plan
 from medseg.progress import progress
 
 _POINTS_PER_CLASS = 5000
+_ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool
         if prepared.label is not None:
             _save(label_path, prepared.label)
         _save(image_path, prepared.image)
-    image = np.load(image_path, mmap_mode="r", allow_pickle=False)
-    label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
+    with _ONE_HEADER:
+        image = np.load(image_path, mmap_mode="r", allow_pickle=False)
+        label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
     classes = max(cohort.label_names.values(), default=0)
     points = () if label is None else _points(np.asarray(label), classes)
     if label is not None:

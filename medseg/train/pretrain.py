@@ -32,11 +32,14 @@ def run(
     head as it was at random: `model.weights` takes them.
 
     Raises:
-        UserError: the task is not one of radiographs, or the network's maps do not divide the image.
+        UserError: the task is not one of radiographs, the network no single encoder, or its maps do not divide the
+            image.
         KeyboardInterrupt: stopped by the user; the state is saved.
     """
     if config.task.spatial_dims != 2:
         raise UserError(f"task.spatial_dims {config.task.spatial_dims}: masked modelling is for radiographs, 2.")
+    if not config.model.classifies or config.model.name == "two_stage":
+        raise UserError(f"model.name {config.model.name!r} is no single encoder; pretrain a classifier such as resnet.")
     if tuple(cohort.channels) != config.task.channels:
         raise UserError(f"task.channels {list(config.task.channels)} differ from the cohort's {list(cohort.channels)}.")
     device, bf16 = prepare_torch(config)

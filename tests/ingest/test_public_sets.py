@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import typer
+from synthetic import pneumonia_radiographs
 
 from medseg.cli import app
 from medseg.cohort import Case, Cohort, read_cohort
@@ -17,7 +19,7 @@ from medseg.config import load_config, validate_config
 from medseg.files import UserError, read_json, read_rows
 from medseg.images import read_image
 from medseg.ingest.dicom_write import write_series
-from medseg.ingest.fetch import case_rows
+from medseg.ingest.fetch import case_rows, write_case_table
 from medseg.ingest.guess import draft_config
 from medseg.ingest.manifests import find_manifest, load_manifests, next_command
 from medseg.ingest.step import run
@@ -292,6 +294,28 @@ def test_pancreas_ct(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[image_of(number).tobytes()], label_of(number, [1]))
     with pytest.raises(UserError, match="mm from the image's"):
         ingest("pancreas_ct", root, tmp_path / "header", "ingest.label_grid=header")
+
+
+def test_covid19_radiography(tmp_path: Path) -> None:
+    """Folders name the classes, one with a space in it; masks, and a class that is not asked for, are passed over."""
+    manifest = find_manifest("covid19_radiography")
+    root = pneumonia_radiographs(tmp_path / "d", count=4)
+    rows = case_rows(manifest.layout, root)
+    assert len(rows) == 12
+    assert {row["finding"]: Path(row["lung_mask"]).parts[1] for row in rows} == {
+        name: name for name in manifest.layout.target_names
+    }
+    write_case_table(manifest.layout, rows, root)
+    cohort, rejects = ingest("covid19_radiography", root, tmp_path / "out")
+    assert rejects == {}
+    assert dict(cohort.label_names) == dict(manifest.labels)
+    assert Counter(case.target for case in cohort.cases) == dict.fromkeys(manifest.labels, 4)
+    for case in cohort.cases:
+        stem = case.case_id.replace("Viral-", "Viral ")
+        (source,) = root.glob(f"*/*/images/{stem}.png")
+        assert manifest.layout.target_names[source.parts[-3]] == case.target
+        np.testing.assert_array_equal(image(cohort, case), read_image(source).array)
+    assert len({case.patient_id for case in cohort.cases}) == 12
 
 
 def test_an_nnunet_folder_brings_its_own_names(tmp_path: Path) -> None:

@@ -57,7 +57,12 @@ def test_a_finished_pretraining_resumed_changes_nothing(pretrained: tuple[Path, 
     assert Path(str(again.paths["weights"])).read_bytes() == before
 
 
-def test_volumes_are_refused(pretrained: tuple[Path, Cohort, Config, Result], tmp_path: Path) -> None:
+def test_volumes_and_networks_of_several_parts_are_refused(
+    pretrained: tuple[Path, Cohort, Config, Result], tmp_path: Path
+) -> None:
     cohort = segmentation_cohort(tmp_path / "cohort", 4)
     with pytest.raises(UserError, match=r"task\.spatial_dims 3"):
         road.pretrain(tiny_config('tracking.register_as=""'), cohort.folder, pretrained[0])
+    two = tiny_radiograph_config("model={name: two_stage}", "plan.size_px=64", 'tracking.register_as=""')
+    with pytest.raises(UserError, match="'two_stage' is no single encoder"):
+        road.pretrain(two, pretrained[1].folder, pretrained[0])
