@@ -46,6 +46,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             *(["| figure | value |", "|---|---|", *figures] if figures else ["None was recorded."]),
             "",
             *_joined(facts),
+            *_adapted(facts),
             "## Limits",
             "",
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
@@ -97,6 +98,18 @@ def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
             yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
     yield ""
+
+
+def _adapted(facts: Mapping[str, Any]) -> Iterator[str]:
+    """To which images the batch norms were adapted, if they were."""
+    if about := facts.get("adapted"):
+        yield "## Adaptation"
+        yield ""
+        where = f"the split `{about['split']}` of " if about["split"] else ""
+        yield f"The statistics of {about['layers']} batch norms were re-estimated on {about['cases']} images of {where}"
+        yield f"the cohort with SHA-256 `{about['cohort_sha256']}`, without their labels. The figures above were"
+        yield f"measured before, on the model `{facts['made_from'][:12]}`."
+        yield ""
 
 
 def _verdict_lines(verdict: Verdict) -> list[str]:

@@ -43,18 +43,22 @@ from medseg.config.results import (
     TrackingConfig,
 )
 from medseg.config.training import (
+    AppearanceConfig,
     AugmentConfig,
     BinaryCrossEntropyConfig,
     CrossEntropyConfig,
     DiceCEConfig,
     LossConfig,
     PlanConfig,
+    PretrainConfig,
+    StyleConfig,
     TrainConfig,
 )
 from medseg.config.tree import Config, TaskConfig
 from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
+    "AppearanceConfig",
     "AttentionUNetConfig",
     "AuditConfig",
     "AuditItem",
@@ -82,6 +86,7 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "PretrainConfig",
     "RankConfig",
     "ReportConfig",
     "ResNetConfig",
@@ -91,6 +96,7 @@ __all__ = [
     "SplitConfig",
     "SqueezeNetConfig",
     "Strict",
+    "StyleConfig",
     "SwinUNETRConfig",
     "TableConfig",
     "TaskConfig",

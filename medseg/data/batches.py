@@ -6,6 +6,7 @@ So a batch can be made again at any time from two integers, and a resumed run se
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,10 +71,8 @@ class BatchSource:
         """The parameters of every item of batch `step` (0-based)."""
         chosen = [self._case_at(step * self.batch_size + item) for item in range(self.batch_size)]
         rng = np.random.default_rng([self.seed, 1, step])
-        return tuple(
-            ItemParameters(index, self._draw_centre(index, rng), draw_augment(self.config, len(self.patch_size), rng))
-            for index in chosen
-        )
+        draw = partial(draw_augment, self.config, len(self.patch_size), rng, batch_size=self.batch_size)
+        return tuple(ItemParameters(index, self._draw_centre(index, rng), draw()) for index in chosen)
 
     def make(self, parameters: tuple[ItemParameters, ...]) -> Batch:
         """Apply drawn parameters."""

@@ -18,20 +18,11 @@ from medseg.data.preprocess import prepare
 from medseg.files import replacing
 from medseg.images import read_image
 from medseg.label_sets import read_set
-from medseg.plan import Plan
+from medseg.plan import IMAGE_FIELDS, Plan
 from medseg.progress import progress
 
 _POINTS_PER_CLASS = 5000
 _ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
-_GRID_FIELDS = (
-    "spacing_mm",
-    "size_px",
-    "normalise",
-    "intensity_low",
-    "intensity_high",
-    "intensity_mean",
-    "intensity_sd",
-)
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ def load_examples(
 
 
 def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool) -> Example:
-    grid = [cohort.sha256, case.case_id, [str(getattr(plan, name)) for name in _GRID_FIELDS]]
+    grid = [cohort.sha256, case.case_id, [str(getattr(plan, name)) for name in IMAGE_FIELDS]]
     stem = cache / hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
     image_path, label_path = stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")
     source = cohort.label_path(case)

@@ -117,21 +117,21 @@ class Predictor:
 
     def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None] | None) -> NDArray[Any]:
         plan, config = self.bundle.plan, self.bundle.config.predict
-        native = prepared.native_shape
-        volume = len(native) == 3
+        covered = prepared.covered_shape
+        volume = len(covered) == 3
         axes = closest_axes(prepared.native_affine)[0] if volume else range(2)
         labels = segment_array(
             self.net,
             prepared.image,
             plan.patch_size,
             config.overlap,
-            out_shape=tuple(native[axis] for axis in axes),
+            out_shape=tuple(covered[axis] for axis in axes),
             memory_gb=config.memory_gb,
             window_batch=config.window_batch,
             mirror_axes=config.mirror_axes,
             announce=announce,
         )
-        return from_canonical(labels, prepared.native_affine) if volume else labels
+        return from_canonical(labels, prepared.native_affine) if volume else prepared.onto_scan(labels)
 
     def _cleaned(self, mask: Volume) -> Volume:
         """With the post-processing that the bundle's own evidence speaks for; without any, the mask as it is."""
