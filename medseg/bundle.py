@@ -1,8 +1,8 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
-`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, and
-`bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is pickled, and nothing of it
-is used before its hash is checked.
+`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, where
+it was fitted `distance.safetensors`, and `bundle.json` with what the model is and the SHA-256 of every other file.
+Nothing in it is pickled, and nothing of it is used before its hash is checked.
 
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.config import Config, dump_config, load_config
+from medseg.feature_distance import CohortDistance, read_distance, write_distance
 from medseg.files import (
     UserError,
     default_workspace,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
 VERDICT = "verdict.json"
+DISTANCE = "distance.safetensors"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,6 +61,7 @@ class Bundle:
         sha256: over `bundle.json`, and through it over every file; names this model in results and ledgers.
         facts: the content of `bundle.json`.
         verdict: calibration and operating point of a classifier; None for other models and bundles without one.
+        distance: how far a scan lies from the training cohort; None for bundles without it.
     """
 
     folder: Path
@@ -68,6 +71,7 @@ class Bundle:
     sha256: str
     facts: Mapping[str, Any] = field(repr=False)
     verdict: Verdict | None = None
+    distance: CohortDistance | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -138,6 +142,7 @@ def save_bundle(
     evidence: Mapping[str, Any] | None = None,
     attached: Mapping[str, str] | None = None,
     verdict: Verdict | None = None,
+    distance: CohortDistance | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
@@ -149,6 +154,7 @@ def save_bundle(
         verdict: takes the place of the two.
         members: facts of each joined fold, in the order of the weights. evidence: see `Bundle.evidence`.
         attached: more files, by name, with their text.
+        distance: of each network, in the order of the weights.
 
     Raises:
         UserError: the folder cannot be written.
@@ -172,12 +178,16 @@ def save_bundle(
         facts["schema_version"] = JOINED_VERSION
         facts["members"] = [{**about, "weights": name} for about, name in zip(members, states, strict=True)]
         facts["evidence"] = evidence or {}
+    others = [*states, *(attached or {})]
     with _new_folder(folder) as part:
         for name, state in states.items():
             _write_weights(part / name, state)
         for name, text in (attached or {}).items():
             write_text(part / name, text)
-        _write_about(part, facts, config, plan, verdict, [*states, *(attached or {})])
+        if distance is not None:
+            facts["feature_distance"] = distance.facts()
+            others.append(write_distance(part / DISTANCE, distance).name)
+        _write_about(part, facts, config, plan, verdict, others)
     return folder
 
 
@@ -220,7 +230,9 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     _verify(folder, facts)
     config = load_config(folder / "config.yaml")
     verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
-    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts, verdict)
+    distance = read_distance(folder / DISTANCE) if DISTANCE in facts["files"] else None
+    plan = read_plan(folder / "plan.yaml")
+    return Bundle(folder, config, plan, config.task.labels, facts["sha256"], facts, verdict, distance)
 
 
 def find_bundle(name: str, workspace: Path) -> Path:

@@ -49,6 +49,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             "",
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
+            *_distance_lines(facts.get("feature_distance")),
             "",
             *(_verdict_lines(verdict) if verdict else ()),
             "## Origin",
@@ -85,6 +86,18 @@ def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
             yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
     yield ""
+
+
+def _distance_lines(about: Mapping[str, Any] | None) -> Iterator[str]:
+    """Which scans are flagged as unlike the training cohort."""
+    if not about:
+        return
+    yield ""
+    if about["limit"] is None:
+        yield "How far a scan lies from the training cohort is told, but too few unseen cases were at hand for a limit."
+        return
+    yield f"Scans that lie beyond {about['limit']:.3g} from the training cohort in the network's features are flagged:"
+    yield f"of new cases like the {about['held_out']} unseen ones from which this limit comes, {about['rate']:.0%} do."
 
 
 def _verdict_lines(verdict: Verdict) -> list[str]:

@@ -75,6 +75,9 @@ class TrainConfig(Strict):
     A null `fold` trains on the split of the cohort. Else train and val together are dealt into `folds` parts that
     share no patient (or no site), by `ingest.split.seed`; part number `fold`, from 0 on, validates and the others
     train, up to the last step (`select`). The test split is left alone either way.
+
+    `distance_cases`: at the end the feature distance (`medseg.feature_distance`) is fitted on so many training cases at
+    most, and its limit set on so many validation cases at most, evenly spread; 0 leaves it out.
     """
 
     epochs: Count = 100
@@ -95,6 +98,7 @@ class TrainConfig(Strict):
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     fold: Annotated[int, Field(ge=0)] | None = None
     folds_by: Literal["patient", "site"] = "patient"
+    distance_cases: Annotated[int, Field(ge=0)] = 200
 
     @model_validator(mode="after")
     def _check_fold(self) -> "TrainConfig":
