@@ -1,6 +1,7 @@
 """Scans unlike the training cohort: flagged with number and limit, from the one pass, whatever the order of windows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def examples(draw: Draw, count: int, seed: int, grid: Plan) -> list[Example]:
     return found
 
 
-def bundle(folder: Path, kind: str, *, with_distance: bool = True) -> Bundle:
+def bundle(folder: Path, kind: str) -> Bundle:
     """A network as it was drawn, with the distance from forty training and sixteen unseen heads."""
     grid = plan() if kind == "segmentation" else plan(spatial_dims=2, patch_size=(32, 32), size_px=(32, 32))
     settings = config(model={"name": "unet", "channels": [8, 16], "strides": [2]}, predict={"mirror_axes": [1]})
@@ -87,7 +88,7 @@ def bundle(folder: Path, kind: str, *, with_distance: bool = True) -> Bundle:
         run_id="r",
         cohort_sha256="c" * 64,
         metrics={},
-        distance=distance if with_distance else None,
+        distance=distance,
     )
     return load_bundle(folder)
 
@@ -129,8 +130,8 @@ def test_the_distance_does_not_change_with_the_order_of_windows_or_their_batches
         with predictor._measuring() as measured:
             segment_array(predictor.net, case.image, (16, 16, 16), 0.5, window_batch=window_batch, mirror_axes=(1,))
         assert measured() == pytest.approx(wanted, rel=1e-5)
-    windows = torch.from_numpy(case.image)[None].unfold(2, 16, 4).unfold(3, 16, 2)[:, :, :, :, :, :, :]
-    parts = [windows[:, :, i, j].movedim(2, -1) for i in range(2) for j in range(2)]
+    image = torch.from_numpy(case.image)[None]
+    parts = [image[:, :, i : i + 16, j : j + 16] for i in (0, 4) for j in (0, 2)]
     found = []
     for order in (parts, parts[::-1]):
         with mean_features(predictor.net, classifies=False) as (features,), torch.inference_mode():
@@ -142,7 +143,7 @@ def test_the_distance_does_not_change_with_the_order_of_windows_or_their_batches
 
 
 def test_measuring_costs_no_pass_and_changes_no_label(segmenting: Bundle, tmp_path: Path) -> None:
-    without, passes, masks = bundle(tmp_path / "b", "segmentation", with_distance=False), [], []
+    without, passes, masks = replace(segmenting, distance=None), [], []
     write_nifti(tmp_path / "scan.nii.gz", Volume(head(np.random.default_rng(3)), np.eye(4)))
     for made in (segmenting, without):
         predictor, calls = Predictor(made), []
