@@ -5,11 +5,13 @@ YAML is data only: at most one `extends:` (a sibling file, or a name in configs/
 """
 
 from medseg.config.classifiers import (
+    BackboneConfig,
     DenseNetConfig,
     InceptionConfig,
     MobileNetConfig,
     ResNetConfig,
     SqueezeNetConfig,
+    TwoStageConfig,
     VGGConfig,
 )
 from medseg.config.fields import Strict
@@ -35,6 +37,7 @@ from medseg.config.results import (
     MethodConfig,
     MethodName,
     PredictConfig,
+    RankConfig,
     ReportConfig,
     SegmentConfig,
     TrackingConfig,
@@ -56,6 +59,7 @@ __all__ = [
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
+    "BackboneConfig",
     "BinaryCrossEntropyConfig",
     "CodeConfig",
     "Config",
@@ -78,6 +82,7 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "RankConfig",
     "ReportConfig",
     "ResNetConfig",
     "ReversibleUNetConfig",
@@ -91,6 +96,7 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TwoStageConfig",
     "UNetConfig",
     "UNetPPConfig",
     "VGGConfig",
