@@ -1,8 +1,9 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
 `weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, where
-its activation maps were measured `explanation.json`, and `bundle.json` with what the model is and the SHA-256 of every
-other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
+its activation maps were measured `explanation.json`, where a distance from the training cohort was fitted
+`distance.safetensors`, and `bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is
+pickled, and nothing of it is used before its hash is checked.
 
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.config import Config, dump_config, load_config
+from medseg.feature_distance import CohortDistance, read_distance, write_distance
 from medseg.files import (
     UserError,
     default_workspace,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
-VERDICT, EXPLANATION = "verdict.json", "explanation.json"
+VERDICT, EXPLANATION, DISTANCE = "verdict.json", "explanation.json", "distance.safetensors"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,6 +61,7 @@ class Bundle:
         sha256: over `bundle.json`, and through it over every file; names this model in results and ledgers.
         facts: the content of `bundle.json`.
         verdict: calibration and operating point of a classifier; None for other models and bundles without one.
+        distance: how far a scan lies from the training cohort; None for bundles without it.
     """
 
     folder: Path
@@ -68,6 +71,7 @@ class Bundle:
     sha256: str
     facts: Mapping[str, Any] = field(repr=False)
     verdict: Verdict | None = None
+    distance: CohortDistance | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -151,6 +155,7 @@ def save_bundle(
     evidence: Mapping[str, Any] | None = None,
     attached: Mapping[str, str] | None = None,
     verdict: Verdict | None = None,
+    distance: CohortDistance | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
@@ -162,6 +167,7 @@ def save_bundle(
         verdict: takes the place of the two.
         members: facts of each joined fold, in the order of the weights. evidence: see `Bundle.evidence`.
         attached: more files, by name, with their text.
+        distance: of each network, in the order of the weights.
 
     Raises:
         UserError: the folder cannot be written.
@@ -185,12 +191,16 @@ def save_bundle(
         facts["schema_version"] = JOINED_VERSION
         facts["members"] = [{**about, "weights": name} for about, name in zip(members, states, strict=True)]
         facts["evidence"] = evidence or {}
+    others = [*states, *(attached or {})]
     with _new_folder(folder) as part:
         for name, state in states.items():
             write_weights(part / name, state)
         for name, text in (attached or {}).items():
             write_text(part / name, text)
-        _write_about(part, facts, config, plan, verdict, [*states, *(attached or {})])
+        if distance is not None:
+            facts["feature_distance"] = distance.facts()
+            others.append(write_distance(part / DISTANCE, distance).name)
+        _write_about(part, facts, config, plan, verdict, others)
     return folder
 
 
@@ -243,8 +253,8 @@ def _rewritten(
 def with_weights(
     bundle: Bundle, folder: Path, states: "Sequence[Mapping[str, Tensor]]", adapted: Mapping[str, Any], *, run_id: str
 ) -> Path:
-    """Write a bundle with the config and plan of another and other weights, without its calibration, its verdict and
-    what was measured of its activation maps.
+    """Write a bundle with the config and plan of another and other weights, without its calibration, its verdict, its
+    distance from the training cohort and what was measured of its activation maps.
 
     Args:
         states: the weights, of joined folds those of each.
@@ -255,9 +265,10 @@ def with_weights(
         UserError: the folder cannot be written.
     """
     facts = {**_facts_from(bundle, run_id), "calibration": None, "operating_point": None, "adapted": adapted}
-    facts.pop("explained_by", None)
+    for measured in ("explained_by", "feature_distance"):
+        facts.pop(measured, None)
     names = [str(member["weights"]) for member in bundle.members] or [WEIGHTS]
-    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT, EXPLANATION, *names)]
+    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT, EXPLANATION, DISTANCE, *names)]
     with _new_folder(folder) as part:
         for name, state in zip(names, states, strict=True):
             write_weights(part / name, state)
@@ -282,7 +293,9 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     _verify(folder, facts)
     config = load_config(folder / "config.yaml")
     verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
-    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts, verdict)
+    distance = read_distance(folder / DISTANCE) if DISTANCE in facts["files"] else None
+    plan = read_plan(folder / "plan.yaml")
+    return Bundle(folder, config, plan, config.task.labels, facts["sha256"], facts, verdict, distance)
 
 
 def find_bundle(name: str, workspace: Path) -> Path:

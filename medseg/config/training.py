@@ -121,6 +121,9 @@ class TrainConfig(Strict):
 
     `site_adversary` is the weight with which a classifier's features unlearn the site of the training cases (Ganin et
     al. 2016); 0 switches it off.
+
+    `distance_cases`: at the end the feature distance (`medseg.feature_distance`) is fitted on so many training cases at
+    most, and its limit set on so many validation cases at most, evenly spread; 0 leaves it out.
     """
 
     epochs: Count = 100
@@ -142,6 +145,7 @@ class TrainConfig(Strict):
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     fold: Annotated[int, Field(ge=0)] | None = None
     folds_by: Literal["patient", "site"] = "patient"
+    distance_cases: Annotated[int, Field(ge=0)] = 200
 
     @model_validator(mode="after")
     def _check_fold(self) -> "TrainConfig":

@@ -106,6 +106,13 @@ def normalise_inplace(channel: NDArray[np.float32], plan: Plan) -> None:
         channel /= deviation
 
 
+def normalised_limit(limit: float | None, plan: Plan) -> float | None:
+    """A limit of intensities in the unit of prepared images; HU of a plan that normalises by HU, else it is one."""
+    if limit is None or plan.normalise != "ct":
+        return limit
+    return (limit - plan.intensity_mean) / max(plan.intensity_sd, 1e-6)
+
+
 def _canonical(volume: Volume) -> Volume:
     return to_canonical(volume) if volume.array.ndim == 3 else volume
 

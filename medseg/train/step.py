@@ -13,6 +13,7 @@ from medseg.cohort import Case, Cohort
 from medseg.config import Config, TaskConfig, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import Example, load_examples
+from medseg.feature_distance import CohortDistance
 from medseg.files import UserError, read_json, write_json, write_text
 from medseg.label_sets import read_set
 from medseg.losses import build_loss
@@ -24,6 +25,7 @@ from medseg.runs import RunFolder
 from medseg.tracking import Tracker
 from medseg.train.adversary import make_adversary
 from medseg.train.device import choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
+from medseg.train.distance import fit_cohort_distance
 from medseg.train.history import log_epoch
 from medseg.train.loop import Training, resume_training, start_training, train_against, train_loop
 from medseg.train.pooling import completed
@@ -98,7 +100,11 @@ def run(
     if config.train.fold is not None and config.task.kind == "segmentation":
         calibration = calibrate_voxels(training.average, val_examples, plan, device, seed=config.seed)
         tracker.log_metrics({f"oof_{name}": value for name, value in calibration.items()}, step=0)
-    return _finish(config, cohort, plan, folder, training, memory, calibration)
+    most = config.train.distance_cases
+    distance = fit_cohort_distance(
+        training.average, train_examples, val_examples, plan, config.predict, device, most_cases=most
+    )
+    return _finish(config, cohort, plan, folder, training, memory, calibration, distance)
 
 
 def with_plan(config: Config, plan: Plan) -> Config:
@@ -256,6 +262,7 @@ def _finish(
     training: Training,
     memory: dict[str, float],
     calibration: dict[str, float] | None,
+    distance: CohortDistance | None,
 ) -> Result:
     last = training.history[-1]
     metrics = {name: value for name, value in last.items() if name.startswith(("val_", "train_"))}
@@ -268,6 +275,7 @@ def _finish(
         cohort_sha256=cohort.sha256,
         metrics=metrics,
         calibration=calibration,
+        distance=distance,
     )
     figures = {
         **metrics,
