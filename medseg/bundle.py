@@ -101,6 +101,13 @@ class Bundle:
         found: Mapping[str, Any] = self.facts.get("evidence") or {}
         return found
 
+    @property
+    def retest(self) -> Mapping[str, Any]:
+        """The test-retest noise of its volumes: `labels` (see `medseg.change.Retest`), `within_days`, `cohort_sha256`;
+        empty where it was not measured."""
+        found: Mapping[str, Any] = self.facts.get("retest") or {}
+        return found
+
     def identity(self) -> dict[str, str]:
         """Name, hash and run, as results quote them."""
         return {"name": self.name, "sha256": self.sha256, "run_id": self.run_id}
@@ -194,15 +201,19 @@ def with_verdict(
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
-    if run_id is not None:
-        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
-    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]
-    with _new_folder(folder) as part:
-        for name in kept:
-            shutil.copyfile(bundle.folder / name, part / name)
-        _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
-    return folder
+    return _with(bundle, folder, {}, verdict, run_id=run_id, config=config)
+
+
+def with_retest(bundle: Bundle, folder: Path, retest: Mapping[str, Any], *, run_id: str) -> Path:
+    """Write a bundle with the weights and plan of another and its measured test-retest noise (see `Bundle.retest`).
+
+    Args:
+        run_id: the run that measured it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    return _with(bundle, folder, {"retest": retest}, bundle.verdict, run_id=run_id)
 
 
 def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle:
@@ -268,6 +279,26 @@ def package_version() -> str:
         return version("medseg")
     except PackageNotFoundError:
         return "unknown"
+
+
+def _with(
+    bundle: Bundle,
+    folder: Path,
+    more: Mapping[str, Any],
+    verdict: Verdict | None,
+    *,
+    run_id: str | None,
+    config: Config | None = None,
+) -> Path:
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")} | more
+    if run_id is not None:
+        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]
+    with _new_folder(folder) as part:
+        for name in kept:
+            shutil.copyfile(bundle.folder / name, part / name)
+        _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
+    return folder
 
 
 @contextmanager

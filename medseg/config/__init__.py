@@ -13,13 +13,14 @@ from medseg.config.classifiers import (
     VGGConfig,
 )
 from medseg.config.fields import Strict
-from medseg.config.ingest import FindingCode, IngestConfig, SplitConfig, TableConfig
+from medseg.config.ingest import ExamUnit, FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
 from medseg.config.models import (
     AttentionUNetConfig,
     DynUNetConfig,
     MedNeXtConfig,
     ModelConfig,
+    PriorUNetConfig,
     ReversibleUNetConfig,
     SegResNetConfig,
     SwinUNETRConfig,
@@ -28,6 +29,7 @@ from medseg.config.models import (
 )
 from medseg.config.network import NetworkConfig
 from medseg.config.results import (
+    ChangeConfig,
     CodeConfig,
     ExplainChecksConfig,
     ExplainConfig,
@@ -46,6 +48,7 @@ from medseg.config.training import (
     DiceCEConfig,
     LossConfig,
     PlanConfig,
+    PriorConfig,
     TrainConfig,
 )
 from medseg.config.tree import Config, TaskConfig
@@ -57,12 +60,14 @@ __all__ = [
     "AuditItem",
     "AugmentConfig",
     "BinaryCrossEntropyConfig",
+    "ChangeConfig",
     "CodeConfig",
     "Config",
     "CrossEntropyConfig",
     "DenseNetConfig",
     "DiceCEConfig",
     "DynUNetConfig",
+    "ExamUnit",
     "ExplainChecksConfig",
     "ExplainConfig",
     "ExportConfig",
@@ -78,6 +83,8 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "PriorConfig",
+    "PriorUNetConfig",
     "ReportConfig",
     "ResNetConfig",
     "ReversibleUNetConfig",

@@ -31,6 +31,7 @@ class Truth:
     patient: str = field(default="", repr=False)
     site: str = ""
     split: str = ""
+    exam: str = field(default="", repr=False)
 
 
 Matched = tuple[list[tuple[Source, Truth]], list[Reject]]
@@ -227,6 +228,7 @@ def _truth(
         patient=cells.get("patient", ""),
         site=cells.get("site", ""),
         split=split,
+        exam=cells.get("exam", ""),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from medseg.bundle import WEIGHTS, Bundle, read_weights
 from medseg.cohort import Finding
 from medseg.data.preprocess import Prepared, prepare
+from medseg.data.prior import as_channels
 from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
@@ -21,6 +23,7 @@ from medseg.models.ensemble import Ensemble
 from medseg.predict.flags import check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
 from medseg.predict.postprocess import apply_all
+from medseg.predict.priors import Prior
 from medseg.predict.trust import Trust, judge
 from medseg.predict.watching import watched
 from medseg.predict.windows import WorkingSet, segment_array
@@ -80,15 +83,25 @@ class Predictor:
             raise Refused("channels", f"It has {len(scan.channels)} channels, but the model takes: {names}.")
         return prepare(scan.channels, self.bundle.plan)
 
+    @property
+    def takes_prior(self) -> bool:
+        """Whether the network takes the mask of an earlier examination."""
+        return self.bundle.config.model.takes_prior
+
     def predict(
-        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None = None
+        self,
+        scan: Scan,
+        prepared: Prepared,
+        announce: Callable[[WorkingSet], None] | None = None,
+        prior: Prior | None = None,
     ) -> Prediction:
         """Segment or classify a scan that `prepare` has prepared.
 
         Args:
             announce: is told what memory segmenting takes, before most of it is taken.
+            prior: the mask of an earlier examination, for a network that takes one.
         """
-        found = (*_warnings(scan), *check_scan(scan, self.bundle.plan))
+        found = (*_warnings(scan), *check_scan(scan, self.bundle.plan), *(prior.findings if prior else ()))
         task = self.bundle.config.task
         if task.kind == "classification":
             probs = self._classify(prepared)
@@ -96,7 +109,7 @@ class Predictor:
             return Prediction(None, {}, probs, called, found, verdict=self._verdict(scan, probs))
         temperatures = [float(member["temperature"]) for member in self.bundle.members] or [self.bundle.temperature]
         with watched(self.net, temperatures) as watcher:
-            mask = self._cleaned(Volume(self._segment(prepared, announce), scan.channels[0].affine))
+            mask = self._cleaned(Volume(self._segment(prepared, announce, prior), scan.channels[0].affine))
         volumes_ml = measure_volumes(mask, self.bundle.labels) if scan.kind == "volume" else {}
         trust = judge(watcher.features(self.bundle.labels), self.bundle.evidence)
         flags = (*found, *check_mask(mask, self.bundle.labels), *check_volumes(volumes_ml, self.bundle.evidence))
@@ -114,14 +127,20 @@ class Predictor:
         except Refused as error:
             raise UserError(f"{path}: {error.reason}") from error
 
-    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None] | None) -> NDArray[Any]:
+    def _segment(
+        self, prepared: Prepared, announce: Callable[[WorkingSet], None] | None, prior: Prior | None
+    ) -> NDArray[Any]:
         plan, config = self.bundle.plan, self.bundle.config.predict
+        image = torch.from_numpy(prepared.image)
+        if prior is not None and prior.codes is not None:
+            codes = torch.from_numpy(prior.codes.astype(np.int32))[None, None]
+            image = torch.cat([image, as_channels(codes, self.bundle.config.task.out_channels)[0]])
         native = prepared.native_shape
         volume = len(native) == 3
         axes = closest_axes(prepared.native_affine)[0] if volume else range(2)
         labels = segment_array(
             self.net,
-            prepared.image,
+            image,
             plan.patch_size,
             config.overlap,
             out_shape=tuple(native[axis] for axis in axes),
