@@ -45,6 +45,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             *(["| figure | value |", "|---|---|", *figures] if figures else ["None was recorded."]),
             "",
             *_joined(facts),
+            *_retest(facts),
             "## Limits",
             "",
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
@@ -84,6 +85,24 @@ def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
         if choice["used"]:
             yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
             yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
+    yield ""
+
+
+def _retest(facts: Mapping[str, Any]) -> Iterator[str]:
+    """How much volumes of repeat scans differ, where that was measured."""
+    found = facts.get("retest") or {}
+    if not found:
+        return
+    yield "## Test-retest noise of the volumes"
+    yield ""
+    yield f"Within-subject standard deviation on scans at most {found['within_days']} days apart, of the cohort with"
+    yield f"SHA-256 `{found['cohort_sha256']}`."
+    yield ""
+    yield "| label | percent of the volume | 95 % interval | patients |"
+    yield "|---|---|---|---|"
+    for label, noise in found["labels"].items():
+        low, high = noise["cv_low"], noise["cv_high"]
+        yield f"| {label} | {noise['cv_percent']:.2f} | {low:.2f} to {high:.2f} | {noise['patients']} |"
     yield ""
 
 

@@ -39,7 +39,8 @@ def align(earlier: Volume, later: Volume) -> Alignment:
     """Find the rigid movement that makes two volumes of one patient and one kind of image most alike.
 
     The search begins where the scans' own coordinates agree or where their centres of intensity do, whichever makes
-    them more alike, and what it finds counts where that is more alike still. It runs in one thread: the same scans always give the same movement.
+    them more alike, and what it finds counts where that is more alike still. It runs in one thread: the same scans
+    always give the same movement.
     """
     import SimpleITK as sitk  # half a second, which networks without a prior need not spend
 
