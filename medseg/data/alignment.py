@@ -99,10 +99,9 @@ def _upright(volume: Volume) -> Volume:
     affine[:3, 3] = low + SPACING_MM / 2
     sigma = [0.5 * SPACING_MM / s if s < SPACING_MM else 0.0 for s in volume.spacing_mm]
     smooth = ndimage.gaussian_filter(volume.array.astype(np.float32), sigma, mode="nearest")
-    array = resample(smooth, volume.affine, shape, affine, order=1)
-    inside = resample(np.ones(volume.array.shape, np.uint8), volume.affine, shape, affine, order=0)
-    lowest = float(smooth.min())
-    return Volume(np.where(inside > 0, array - lowest, 0).astype(np.float32), affine)
+    array = resample(smooth, volume.affine, shape, affine, order=1).astype(np.float32)
+    inside = resample(np.ones(volume.array.shape, np.float32), volume.affine, shape, affine, order=0)
+    return Volume((array - smooth.min()) * inside.astype(np.float32), affine)
 
 
 def _as_itk(sitk: Any, volume: Volume) -> Any:
@@ -117,16 +116,17 @@ def _centre_mm(volume: Volume) -> NDArray[np.float64]:
     weights = volume.array.astype(np.float64)
     total = weights.sum()
     if not total > 0:
-        return world_of(volume.affine, (np.asarray(weights.shape) - 1)[None] / 2)[0]
-    index = [float((weights * at).sum() / total) for at in np.indices(weights.shape, sparse=True)]
-    return world_of(volume.affine, np.array([index]))[0]
+        return np.asarray(world_of(volume.affine, (np.asarray(weights.shape) - 1)[None] / 2)[0])
+    places: tuple[NDArray[np.int64], ...] = np.indices(weights.shape, sparse=True)
+    index = [float((weights * at).sum() / total) for at in places]
+    return np.asarray(world_of(volume.affine, np.array([index]))[0])
 
 
 def _similarity(moving: Volume, fixed: Volume, to_later: Affine) -> float:
     placed, grid = to_later @ moving.affine, (fixed.array.shape, fixed.affine)
-    moved = resample(moving.array, placed, *grid, order=1)
-    covered = resample(np.ones(moving.array.shape, np.uint8), placed, *grid, order=0)
-    pair = np.stack([(moved * covered).ravel(), fixed.array.ravel()]).astype(np.float64)
+    moved = resample(moving.array, placed, *grid, order=1).astype(np.float64)
+    covered = resample(np.ones(moving.array.shape, np.float64), placed, *grid, order=0).astype(np.float64)
+    pair = np.stack([(moved * covered).ravel(), fixed.array.astype(np.float64).ravel()])
     pair -= pair.mean(axis=1, keepdims=True)
     norm = float(np.sqrt((pair[0] ** 2).sum() * (pair[1] ** 2).sum()))
     return float((pair[0] * pair[1]).sum() / norm) if norm > 0 else -1.0

@@ -165,13 +165,22 @@ def _volumes(years: Sequence[float], flagged: Sequence[bool], label: str, change
             axes.plot(ends, [mean + slope * (t - middle) for t in ends], color=colour, linewidth=1.6)
         fills = ["white" if hollow else colour for hollow in flagged]
         axes.scatter(years, volumes, s=26, c=fills, edgecolors=colour, linewidths=1.3, zorder=3)
-        axes.set(title=label, xlabel="Years", ylabel="Volume (ml)", xlim=(-room, years[-1] + room))
-        axes.title.set_fontsize(9)
+        axes.set(title=f"{label}\n{_rate(change)}", xlabel="Years", ylabel="Volume (ml)")
+        axes.set_xlim(-room, years[-1] + room)
+        axes.title.set_fontsize(8.5)
         low, high = min(*volumes, volumes[0] - (band or 0)), max(*volumes, volumes[0] + (band or 0))
         margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
 
     return draw
+
+
+def _rate(change: Mapping[str, Any]) -> str:
+    rate, band = change["per_year_percent"], change["per_year_band_percent"]
+    if rate is None:
+        return "no rate"
+    noise = f"noise ±{band:.1f}" if band is not None else "noise unknown"
+    return f"{rate:+.1f} % per year, {noise}".replace("-", "\N{MINUS SIGN}")
 
 
 def _lines(

@@ -163,9 +163,8 @@ def test_changes_are_those_of_the_masks_and_judged_by_the_bundles_noise(tmp_path
     assert change["verdict"] == "unknown"
     for cv, verdict in ((1.0, "beyond the noise"), (40.0, "within the noise")):
         labels = {"thing": {"cv_percent": cv, "cv_low": 0.5, "cv_high": 99.0, "patients": 5, "scans": 10}}
-        made = with_retest(
-            plain, tmp_path / f"cv{cv}", {"labels": labels, "within_days": 30, "cohort_sha256": "c" * 64}, run_id="r"
-        )
+        told = {"labels": labels, "within_days": 30, "cohort_sha256": "c" * 64}
+        made = with_retest(plain, tmp_path / f"cv{cv}", told, run_id="r")
         judged = replace(plain, sha256=plain.sha256, facts={**plain.facts, "retest": told})
         run(judged, cohort, tmp_path / "out")
         found = read_json(tmp_path / "out" / "changes.json")
