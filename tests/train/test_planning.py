@@ -17,10 +17,11 @@ from medseg.data.preprocess import normalise_inplace
 from medseg.files import UserError
 from medseg.images import write_nifti
 from medseg.plan import Plan, read_plan, write_plan
-from medseg.train.budget import Candidate, Chooser, Measured, TooLarge, fit_law
+from medseg.train.budget import Chooser
 from medseg.train.device import peak_memory_gb
 from medseg.train.draft import draft_plan
 from medseg.train.fingerprint import measure_cohort, target_spacing
+from medseg.train.memory_law import Candidate, Measured, TooLarge, fit_law
 from medseg.train.planning import make_plan, measured_plan, plan_to_train
 from medseg.train.pooling import divisors_of, pool_by_axis, stages_by_axis
 from medseg.train.probe import shrink_patch
