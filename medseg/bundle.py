@@ -290,7 +290,8 @@ def _with(
     run_id: str | None,
     config: Config | None = None,
 ) -> Path:
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")} | more
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    facts |= more
     if run_id is not None:
         facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
     kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]

@@ -91,9 +91,8 @@ class BatchSource:
             images.append(crop(example.image, item.centre, self.patch_size))
             release(example.image)
             if example.label is not None:
-                label = crop(example.label[None], item.centre, self.patch_size)
-                shown = [label] if item.prior is None else [label, self._prior(example, item, label)]
-                labels.append(np.concatenate(shown))
+                own = crop(example.label[None], item.centre, self.patch_size)
+                labels.append(own if item.prior is None else np.concatenate([own, self._prior(example, item, own)]))
                 release(example.label)
         image = torch.from_numpy(np.stack(images))
         label = torch.from_numpy(np.stack(labels).astype(np.float32)) if labels else None

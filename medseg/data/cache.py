@@ -128,7 +128,7 @@ def _prior(cohort: Cohort, case: Case, plan: Plan, cache: Path, min_similarity: 
         image, before = (read_image(cohort.image_paths(one)[0]) for one in (case, earlier))
         shape, affine = network_grid(to_canonical(image), plan)
         found = align(before, image)
-        codes = np.zeros(shape, np.uint8)
+        codes: NDArray[np.generic] = np.zeros(shape, np.uint8)
         if found.similarity >= min_similarity:
             codes = move_codes(read_image(cohort.folder / earlier.label), found.to_later, shape, affine)
         _save(path, codes)

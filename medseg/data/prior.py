@@ -47,7 +47,8 @@ def draw_prior(config: PriorConfig, rng: np.random.Generator) -> PriorParameters
 def encode(label: NDArray[np.generic]) -> NDArray[np.generic]:
     """Codes of a label map: its values plus 1, of a type that holds them."""
     wide = np.uint16 if label.size and int(label.max()) > 254 else np.uint8
-    return np.asarray(label.astype(wide) + wide(1))
+    coded: NDArray[np.generic] = np.add(label, 1, dtype=wide, casting="unsafe")
+    return coded
 
 
 def move_codes(mask: Volume, to_later: Affine, shape: tuple[int, ...], affine: Affine) -> NDArray[np.generic]:

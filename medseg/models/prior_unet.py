@@ -28,8 +28,7 @@ class PriorUNet(nn.Module):
         flat = [_along(config.axis, 1, 3)] * len(config.channels)
         halving = [_along(config.axis, 1, 2)] * (len(config.channels) - 1)
         reach = _along(config.axis, 2 * config.neighbours + 1, 3)
-        padding = tuple(n // 2 for n in reach)
-        self.stem = nn.Conv3d(in_channels + out_channels, config.channels[0], reach, padding=padding)
+        self.stem = nn.Conv3d(in_channels + out_channels, config.channels[0], reach, padding="same")
         self.unet: nn.Module = nets.DynUNet(
             spatial_dims=3,
             in_channels=config.channels[0],
@@ -61,6 +60,7 @@ def build_prior_unet(config: PriorUNetConfig, spatial_dims: int, in_channels: in
     return PriorUNet(config, in_channels, out_channels)
 
 
-def _along(axis: int, there: int, elsewhere: int) -> tuple[int, ...]:
+def _along(axis: int, there: int, elsewhere: int) -> tuple[int, int, int]:
     """One number per spatial axis."""
-    return tuple(there if n == axis else elsewhere for n in range(3))
+    first, second, third = (there if n == axis else elsewhere for n in range(3))
+    return first, second, third
