@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from medseg.bundle import Bundle, load_bundle, with_retest
+from medseg.bundle import Bundle, with_retest
 from medseg.change import Retest, measure_retest
 from medseg.cohort import Case, Cohort
 from medseg.files import UserError
@@ -45,12 +45,13 @@ def run(bundle: Bundle, cohort: Cohort, workspace: Path, *, out: Path | None, wi
         told = {name: asdict(retest) for name, retest in labels.items()}
         retest = {"labels": told, "within_days": within_days, "cohort_sha256": cohort.sha256}
         made = with_retest(bundle, out or folder.path / "bundle", retest, run_id=folder.id)
-        figures: dict[str, object] = {f"retest_cv_percent_{name}": r.cv_percent for name, r in labels.items()}
-        tracker.log_metrics({name: float(str(value)) for name, value in figures.items()})
+        noise = {f"retest_cv_percent_{name}": round(r.cv_percent, 4) for name, r in labels.items()}
+        tracker.log_metrics(noise)
         version = tracker.log_bundle(made, bundle.config.tracking.register_as)
+    figures: dict[str, object] = dict(noise)
     if version is not None:
         figures["model"] = version.uri
-    paths = {"bundle": load_bundle(made).folder, "run": folder.path, "ledger": done.paths["ledger"]}
+    paths = {"bundle": made, "run": folder.path, "ledger": done.paths["ledger"]}
     return Result("models", done.status, paths, figures, folder.id, text=in_words(labels)).write(folder.path)
 
 

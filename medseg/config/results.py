@@ -43,7 +43,7 @@ class PredictConfig(Strict):
     window_batch: Count = 1
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     memory_gb: Positive = 4.0
-    min_similarity: Share = 0.5
+    min_similarity: Share = 0.7
     change: ChangeConfig = ChangeConfig()
 
 

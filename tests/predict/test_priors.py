@@ -125,7 +125,7 @@ def test_a_prior_that_does_not_align_is_not_shown_and_said(tmp_path: Path, model
     assert read_image(tmp_path / "out" / "mike" / "mask.nii.gz").array.sum() == 10 * 6 * 6
     found = result(tmp_path / "out", "mike")
     assert [flag["code"] for flag in found["flags"]] == ["prior_unaligned"]
-    assert "0.5 is asked for" in found["reason"]
+    assert "0.7 is asked for" in found["reason"]
 
 
 def test_a_failed_examination_is_passed_over(tmp_path: Path, model: Bundle) -> None:
