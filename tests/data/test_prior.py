@@ -1,15 +1,19 @@
 """Earlier segmentations as channels: where they lie, what is unknown, and how training makes them up."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from medseg.cohort import Case
+from medseg.cohort import Case, Cohort, write_cohort
 from medseg.config import AugmentConfig, PriorConfig
 from medseg.data.alignment import align
 from medseg.data.batches import BatchSource
-from medseg.data.cache import Example
+from medseg.data.cache import Example, load_examples
 from medseg.data.prior import PriorParameters, as_channels, draw_prior, make_up, move_codes
+from medseg.images import write_nifti
+from medseg.plan import Plan
 from medseg.volume import Volume, world_of
 
 
@@ -130,6 +134,32 @@ def test_a_rigid_movement_is_found_again(shift_mm: tuple[float, float, float]) -
     assert error_mm.max() < 1.0
     assert np.allclose(found.to_later[:3, :3] @ found.to_later[:3, :3].T, np.eye(3), atol=1e-6), "rigid"
     assert np.array_equal(align(earlier, later).to_later, found.to_later), "the same scans, the same movement"
+
+
+def test_a_later_case_is_given_the_label_of_the_earlier_where_the_two_align(tmp_path: Path) -> None:
+    """The later scan lies 3 voxels further along the first axis: so does the earlier label on its grid."""
+    texture = np.random.default_rng(1).normal(0, 4, (20, 22, 18))
+    label = blob()
+    image = (40.0 * (label > 0) + 30 * label + texture).astype(np.float32)
+    cases = []
+    for name, day, shift_mm in (("later", 300, 9.0), ("first", 0, 0.0), ("noise", 500, 0.0)):
+        affine = np.diag([3.0, 3.0, 3.0, 1.0])
+        affine[0, 3] = shift_mm
+        shown = np.random.default_rng(9).normal(0, 1, label.shape).astype(np.float32) if name == "noise" else image
+        write_nifti(tmp_path / "c" / "images" / f"{name}.nii.gz", Volume(shown, affine))
+        write_nifti(tmp_path / "c" / "labels" / f"{name}.nii.gz", Volume(label, affine))
+        cases.append(Case(name, "p", (f"images/{name}.nii.gz",), label=f"labels/{name}.nii.gz", exam_day=day))
+    cohort = write_cohort(Cohort(tmp_path / "c", tuple(cases), {"a": 1, "b": 2}), [], {})
+    plan = Plan(3, (16, 16, 16), 1, spacing_mm=(3.0, 3.0, 3.0))
+    for _ in range(2):  # the second time from the cache
+        first, later, noise = load_examples(cohort, cohort.cases, plan, tmp_path / "cache", min_similarity=0.7)
+        assert first.prior is None
+        assert later.prior is not None
+        assert np.array_equal(later.prior > 0, np.ones_like(label, bool))
+        assert np.array_equal(later.prior - 1, label)
+        assert noise.prior is not None
+        assert not noise.prior.any(), "nothing is known where the two do not align"
+    assert [e.prior for e in load_examples(cohort, cohort.cases, plan, tmp_path / "cache")] == [None] * 3
 
 
 def test_noise_is_not_similar() -> None:
