@@ -1,8 +1,8 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
-`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, and
-`bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is pickled, and nothing of it
-is used before its hash is checked.
+`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, where
+its activation maps were measured `explanation.json`, and `bundle.json` with what the model is and the SHA-256 of every
+other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
 
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
-VERDICT = "verdict.json"
+VERDICT, EXPLANATION = "verdict.json", "explanation.json"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -106,6 +106,13 @@ class Bundle:
         """The test-retest noise of its volumes: `labels` (see `medseg.change.Retest`), `within_days`, `cohort_sha256`;
         empty where it was not measured."""
         found: Mapping[str, Any] = self.facts.get("retest") or {}
+        return found
+
+    @property
+    def explanation(self) -> Mapping[str, Any]:
+        """What was measured of the activation maps, with the method and layer chosen; empty where nothing was."""
+        known = EXPLANATION in self.facts["files"]
+        found: Mapping[str, Any] = read_json(self.folder / EXPLANATION) if known else {}
         return found
 
     def identity(self) -> dict[str, str]:
@@ -201,7 +208,8 @@ def with_verdict(
     Raises:
         UserError: the folder cannot be written.
     """
-    return _with(bundle, folder, {}, verdict, run_id=run_id, config=config)
+    facts = _facts_of(bundle, run_id)
+    return _rewritten(bundle, folder, facts, config or bundle.config, verdict)
 
 
 def with_retest(bundle: Bundle, folder: Path, retest: Mapping[str, Any], *, run_id: str) -> Path:
@@ -213,7 +221,47 @@ def with_retest(bundle: Bundle, folder: Path, retest: Mapping[str, Any], *, run_
     Raises:
         UserError: the folder cannot be written.
     """
-    return _with(bundle, folder, {"retest": retest}, bundle.verdict, run_id=run_id)
+    facts = {**_facts_of(bundle, run_id), "retest": retest}
+    return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict)
+
+
+def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any]) -> Path:
+    """Write a bundle as it is but for what was measured of its activation maps; `folder` may be its own.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = _facts_of(bundle, None)
+    facts["explained_by"] = {**explanation["chosen"], "n": explanation["n"]}
+    return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict, explanation)
+
+
+def _facts_of(bundle: Bundle, run_id: str | None) -> dict[str, Any]:
+    """The facts of a bundle, for another with the same weights; with the run that calibrated it, if any."""
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    if run_id is not None:
+        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    return facts
+
+
+def _rewritten(
+    bundle: Bundle,
+    folder: Path,
+    facts: dict[str, Any],
+    config: Config,
+    verdict: Verdict | None,
+    explanation: Mapping[str, Any] | None = None,
+) -> Path:
+    """Weights, plan and attached files of a bundle with other facts about them."""
+    new = (*_FILES, VERDICT, *([EXPLANATION] if explanation is not None else []))
+    kept = [name for name in bundle.facts["files"] if name not in new]
+    with _new_folder(folder) as part:
+        for name in kept:
+            shutil.copyfile(bundle.folder / name, part / name)
+        if explanation is not None:
+            kept.append(write_json(part / EXPLANATION, explanation).name)
+        _write_about(part, facts, config, bundle.plan, verdict, kept)
+    return folder
 
 
 def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle:
@@ -279,27 +327,6 @@ def package_version() -> str:
         return version("medseg")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _with(
-    bundle: Bundle,
-    folder: Path,
-    more: Mapping[str, Any],
-    verdict: Verdict | None,
-    *,
-    run_id: str | None,
-    config: Config | None = None,
-) -> Path:
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
-    facts |= more
-    if run_id is not None:
-        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
-    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]
-    with _new_folder(folder) as part:
-        for name in kept:
-            shutil.copyfile(bundle.folder / name, part / name)
-        _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
-    return folder
 
 
 @contextmanager

@@ -5,11 +5,13 @@ YAML is data only: at most one `extends:` (a sibling file, or a name in configs/
 """
 
 from medseg.config.classifiers import (
+    BackboneConfig,
     DenseNetConfig,
     InceptionConfig,
     MobileNetConfig,
     ResNetConfig,
     SqueezeNetConfig,
+    TwoStageConfig,
     VGGConfig,
 )
 from medseg.config.fields import Strict
@@ -37,6 +39,7 @@ from medseg.config.results import (
     MethodConfig,
     MethodName,
     PredictConfig,
+    RankConfig,
     ReportConfig,
     SegmentConfig,
     TrackingConfig,
@@ -59,6 +62,7 @@ __all__ = [
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
+    "BackboneConfig",
     "BinaryCrossEntropyConfig",
     "ChangeConfig",
     "CodeConfig",
@@ -85,6 +89,7 @@ __all__ = [
     "PredictConfig",
     "PriorConfig",
     "PriorUNetConfig",
+    "RankConfig",
     "ReportConfig",
     "ResNetConfig",
     "ReversibleUNetConfig",
@@ -98,6 +103,7 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TwoStageConfig",
     "UNetConfig",
     "UNetPPConfig",
     "VGGConfig",

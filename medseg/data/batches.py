@@ -15,7 +15,7 @@ from torch import Tensor
 from medseg.config import AugmentConfig
 from medseg.data.augment import AugmentParameters, augment, draw_augment
 from medseg.data.cache import Example, release
-from medseg.data.prior import PriorParameters, as_channels, draw_prior, make_up
+from medseg.data.prior import PriorParameters, as_channels, draw_prior, make_up, without_background
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class ItemParameters:
 @dataclass(frozen=True)
 class Batch:
     """image_BCDHW float32, with the channels of a prior for networks that take one; label_B1DHW (segmentation),
-    target_B (classification) or target_BK (labels that are not exclusive)."""
+    target_B (classification) or target_BK (labels that are not exclusive); annotated_BK bool, of which classes each
+    label tells, background first, or None: all tell of all.
+    """
 
     image: Tensor
     target: Tensor
     parameters: tuple[ItemParameters, ...]
+    annotated: Tensor | None = None
 
 
 class BatchSource:
@@ -102,7 +105,7 @@ class BatchSource:
             label = label[:, :1].contiguous()
         if label is None:
             label = torch.tensor([self.examples[item.index].target for item in parameters])
-        return Batch(image, label, parameters)
+        return Batch(image, label, parameters, annotated_classes([self.examples[item.index] for item in parameters]))
 
     def stream(self, first_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of steps first..stop-1, made one ahead in a thread while the caller computes."""
@@ -127,7 +130,8 @@ class BatchSource:
             release(example.prior)
             return codes
         inside = crop(np.broadcast_to(np.uint16(1), (1, *example.image.shape[1:])), item.centre, self.patch_size)
-        return make_up(label[0].astype(np.uint16) + inside[0], item.prior)[None]
+        codes = label[0].astype(np.uint16) + inside[0]
+        return make_up(without_background(codes) if example.annotated else codes, item.prior)[None]
 
     def _case_at(self, position: int) -> int:
         sweep, place = divmod(position, len(self.examples))
@@ -143,6 +147,14 @@ class BatchSource:
         else:
             centre = np.array([rng.integers(n) for n in shape])
         return tuple(_clamp(int(c), n, p) for c, n, p in zip(centre, shape, self.patch_size, strict=True))
+
+
+def annotated_classes(examples: Sequence[Example]) -> Tensor | None:
+    """(B, K) bool, of which classes the label of each example tells, background first; None when all tell of all."""
+    classes = max(len(example.annotated) for example in examples)
+    if not classes:
+        return None
+    return torch.tensor([example.annotated or (True,) * classes for example in examples])
 
 
 def crop(array: NDArray[np.generic], centre: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from medseg.cohort import Case, Cohort
 from medseg.data.alignment import align
 from medseg.data.preprocess import network_grid, prepare
-from medseg.data.prior import move_codes
+from medseg.data.prior import move_codes, without_background
 from medseg.exams import previous
 from medseg.files import replacing
 from medseg.images import read_image
@@ -26,6 +27,7 @@ from medseg.progress import progress
 from medseg.volume import to_canonical
 
 _POINTS_PER_CLASS = 5000
+_ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
 _GRID_FIELDS = (
     "spacing_mm",
     "size_px",
@@ -49,6 +51,7 @@ class Example:
             memory-mapped; None where there is none, or none was asked for.
         target: class index, or for each label in the order of its value whether it is present (1) or not (0); -1 for
             segmentation.
+        annotated: of each class, background first, whether the label tells of it; empty when of all.
     """
 
     case: Case
@@ -56,6 +59,7 @@ class Example:
     label: NDArray[np.integer] | None
     points: tuple[NDArray[np.int32], ...]
     target: int | tuple[int, ...]
+    annotated: tuple[bool, ...] = ()
     prior: NDArray[np.integer] | None = None
 
 
@@ -101,11 +105,14 @@ def _load(
         _save(image_path, prepared.image)
     image = _mapped(image_path)
     label = _mapped(label_path) if source else None
-    points = () if label is None else _points(np.asarray(label), max(cohort.label_names.values(), default=0))
+    classes = max(cohort.label_names.values(), default=0)
+    points = () if label is None else _points(np.asarray(label), classes)
     if label is not None:
         release(label)
+    known = cohort.annotated(case) if case.annotated else ()
+    annotated = tuple(value == 0 or value in known for value in range(classes + 1)) if known else ()
     prior = None if min_similarity is None else _prior(cohort, case, plan, cache, min_similarity)
-    return Example(case, image, label, points, _target(cohort, case, multi_label), prior)
+    return Example(case, image, label, points, _target(cohort, case, multi_label), annotated, prior)
 
 
 def _key(cohort: Cohort, name: str, plan: Plan) -> str:
@@ -114,7 +121,8 @@ def _key(cohort: Cohort, name: str, plan: Plan) -> str:
 
 
 def _mapped(path: Path) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    with _ONE_HEADER:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
@@ -131,6 +139,8 @@ def _prior(cohort: Cohort, case: Case, plan: Plan, cache: Path, min_similarity: 
         codes: NDArray[np.generic] = np.zeros(shape, np.uint8)
         if found.similarity >= min_similarity:
             codes = move_codes(read_image(cohort.folder / earlier.label), found.to_later, shape, affine)
+            if earlier.annotated:
+                codes = without_background(codes)
         _save(path, codes)
     return _mapped(path)
 

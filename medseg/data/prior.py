@@ -51,6 +51,11 @@ def encode(label: NDArray[np.generic]) -> NDArray[np.generic]:
     return coded
 
 
+def without_background(codes: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Codes of a label that does not tell of every structure: where it shows none, anything may be."""
+    return np.where(codes == 1, codes.dtype.type(0), codes)
+
+
 def move_codes(mask: Volume, to_later: Affine, shape: tuple[int, ...], affine: Affine) -> NDArray[np.generic]:
     """Codes of an earlier mask on a later scan's network grid; 0 outside the earlier scan.
 

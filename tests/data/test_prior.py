@@ -1,5 +1,6 @@
 """Earlier segmentations as channels: where they lie, what is unknown, and how training makes them up."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def source(earlier: np.ndarray | None, prior_classes: int = 3, **config: object)
     label = blob()
     image = label[None].astype(np.float32)
     points = tuple(np.argwhere(label == value).astype(np.int32) for value in (1, 2))
-    example = Example(Case("c", "p", ("x",)), image, label, points, -1, earlier)
+    example = Example(Case("c", "p", ("x",)), image, label, points, -1, prior=earlier)
     settings = AugmentConfig.model_validate(config)
     return BatchSource([example] * 2, (16, 16, 16), 2, settings, foreground_share=1.0, seed=5,
                        prior_classes=prior_classes)  # fmt: skip
@@ -104,6 +105,15 @@ def test_without_a_prior_a_batch_is_what_it_was() -> None:
         one, other = plain.make(plain.draw(step)), more.make(more.draw(step))
         assert torch.equal(one.image, other.image[:, :1])
         assert torch.equal(one.target, other.target)
+
+
+def test_where_a_partial_label_shows_nothing_nothing_is_known() -> None:
+    made = source(None, prior={"dropout": 0.0, "shift_voxels": 0, "warp_voxels": 0}, probability=0)
+    made.examples = [replace(made.examples[0], annotated=(True, True, False))]
+    batch = made.make(made.draw(0))
+    shown = batch.image[:, 1:]
+    assert not shown[:, 0].any()
+    assert torch.equal(shown[:, 1], (batch.target[:, 0] == 1).float())
 
 
 def test_a_dropped_prior_is_unknown_everywhere() -> None:
