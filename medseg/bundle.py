@@ -112,6 +112,13 @@ class Bundle:
         return about.get("trained_sites")
 
     @property
+    def retest(self) -> Mapping[str, Any]:
+        """The test-retest noise of its volumes: `labels` (see `medseg.change.Retest`), `within_days`, `cohort_sha256`;
+        empty where it was not measured."""
+        found: Mapping[str, Any] = self.facts.get("retest") or {}
+        return found
+
+    @property
     def explanation(self) -> Mapping[str, Any]:
         """What was measured of the activation maps, with the method and layer chosen; empty where nothing was."""
         known = EXPLANATION in self.facts["files"]
@@ -218,6 +225,19 @@ def with_verdict(
         UserError: the folder cannot be written.
     """
     return _rewritten(bundle, folder, _facts_from(bundle, run_id), config or bundle.config, verdict)
+
+
+def with_retest(bundle: Bundle, folder: Path, retest: Mapping[str, Any], *, run_id: str) -> Path:
+    """Write a bundle with the weights and plan of another and its measured test-retest noise (see `Bundle.retest`).
+
+    Args:
+        run_id: the run that measured it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {**_facts_from(bundle, run_id), "retest": retest}
+    return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict)
 
 
 def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any]) -> Path:

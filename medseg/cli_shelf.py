@@ -94,12 +94,12 @@ def models_calibrate(
     cohort: CohortDir,
     out: Annotated[Path | None, typer.Option(help="Folder of the new bundle [runs/<id>/bundle].")] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="VERDICT.B=C", help="Override the verdict.")
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override verdict or predict.change.")
     ] = None,
     workspace: Workspace = None,
     as_json: Json = False,
 ) -> None:
-    """Fit a classifier's verdict to labelled cases of a new site."""
+    """Fit a classifier's verdict to labelled cases of a new site; measure a segmentation's test-retest noise."""
     from medseg import calibrations
 
     finish(lambda: calibrations.run(model, cohort, workspace_of(workspace), out=out, overrides=sets or []), as_json)

@@ -47,6 +47,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             "",
             *_joined(facts),
             *_adapted(facts),
+            *_retest(facts),
             "## Limits",
             "",
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
@@ -123,6 +124,24 @@ def _distance_lines(about: Mapping[str, Any] | None) -> Iterator[str]:
         return
     yield f"Scans that lie beyond {about['limit']:.3g} from the training cohort in the network's features are flagged:"
     yield f"of new cases like the {about['held_out']} unseen ones from which this limit comes, {about['rate']:.0%} do."
+
+
+def _retest(facts: Mapping[str, Any]) -> Iterator[str]:
+    """How much volumes of repeat scans differ, where that was measured."""
+    found = facts.get("retest") or {}
+    if not found:
+        return
+    yield "## Test-retest noise of the volumes"
+    yield ""
+    yield f"Within-subject standard deviation on scans at most {found['within_days']} days apart, of the cohort with"
+    yield f"SHA-256 `{found['cohort_sha256']}`."
+    yield ""
+    yield "| label | percent of the volume | 95 % interval | patients |"
+    yield "|---|---|---|---|"
+    for label, noise in found["labels"].items():
+        low, high = noise["cv_low"], noise["cv_high"]
+        yield f"| {label} | {noise['cv_percent']:.2f} | {low:.2f} to {high:.2f} | {noise['patients']} |"
+    yield ""
 
 
 def _verdict_lines(verdict: Verdict) -> list[str]:

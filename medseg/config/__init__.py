@@ -15,13 +15,14 @@ from medseg.config.classifiers import (
     VGGConfig,
 )
 from medseg.config.fields import Strict
-from medseg.config.ingest import FindingCode, IngestConfig, SplitConfig, TableConfig
+from medseg.config.ingest import ExamUnit, FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
 from medseg.config.models import (
     AttentionUNetConfig,
     DynUNetConfig,
     MedNeXtConfig,
     ModelConfig,
+    PriorUNetConfig,
     ReversibleUNetConfig,
     SegResNetConfig,
     SwinUNETRConfig,
@@ -30,6 +31,7 @@ from medseg.config.models import (
 )
 from medseg.config.network import NetworkConfig
 from medseg.config.results import (
+    ChangeConfig,
     CodeConfig,
     ExplainChecksConfig,
     ExplainConfig,
@@ -51,6 +53,7 @@ from medseg.config.training import (
     LossConfig,
     PlanConfig,
     PretrainConfig,
+    PriorConfig,
     StyleConfig,
     TrainConfig,
 )
@@ -65,12 +68,14 @@ __all__ = [
     "AugmentConfig",
     "BackboneConfig",
     "BinaryCrossEntropyConfig",
+    "ChangeConfig",
     "CodeConfig",
     "Config",
     "CrossEntropyConfig",
     "DenseNetConfig",
     "DiceCEConfig",
     "DynUNetConfig",
+    "ExamUnit",
     "ExplainChecksConfig",
     "ExplainConfig",
     "ExportConfig",
@@ -87,6 +92,8 @@ __all__ = [
     "PlanConfig",
     "PredictConfig",
     "PretrainConfig",
+    "PriorConfig",
+    "PriorUNetConfig",
     "RankConfig",
     "ReportConfig",
     "ResNetConfig",

@@ -84,10 +84,24 @@ class StyleConfig(Strict):
     sharpness: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+class PriorConfig(Strict):
+    """What a network that takes an earlier segmentation sees as one while it trains.
+
+    It is the label of the patient's earlier examination where there is one, brought to the later by a rigid alignment.
+    Else it is the case's own label, displaced by up to `shift_voxels` along each axis and warped smoothly by
+    displacements with a standard deviation of up to `warp_voxels`. A share `dropout` of the items have none.
+    """
+
+    dropout: Share = 0.3
+    shift_voxels: NotNegative = 1.5
+    warp_voxels: NotNegative = 1.5
+
+
 class AugmentConfig(Strict):
     """Ranges from which parameters are drawn per item; 0 switches a kind off.
 
     `flip_axes` are array axes after canonical orientation (0 = left-right for volumes; 0 = rows for radiographs).
+    `prior` is for networks that take an earlier segmentation.
     """
 
     probability: Share = 0.8
@@ -100,6 +114,7 @@ class AugmentConfig(Strict):
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
     noise_sd: NotNegative = 0.05
     style: StyleConfig = StyleConfig()
+    prior: PriorConfig = PriorConfig()
 
 
 class PretrainConfig(Strict):

@@ -109,6 +109,9 @@ class Config(Strict):
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")
+        if unknown := sorted(set(self.predict.change.cv_percent) - set(self.task.labels)):
+            names = ", ".join(self.task.labels)
+            raise ValueError(f"predict.change.cv_percent names {unknown[0]!r}, which is none of task.labels ({names})")
         if self.ingest.channels and (tuple(self.ingest.channels) != self.task.channels or self.task.spatial_dims != 3):
             names = ", ".join(self.task.channels)
             raise ValueError(

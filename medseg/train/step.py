@@ -63,7 +63,8 @@ def run(
 
     cache = folder.workspace / "cache"
     load = partial(load_examples, cohort, plan=plan, cache=cache, multi_label=config.task.multi_label)
-    train_examples = load(cohort.split("train"), what="training cases")
+    similarity = config.predict.min_similarity if config.model.takes_prior else None
+    train_examples = load(cohort.split("train"), min_similarity=similarity, what="training cases")
     has_val = any(case.split == "val" for case in cohort.cases)
     val_examples = load(cohort.split("val"), what="validation cases") if has_val else []
     reset_peak_memory(device)
@@ -142,6 +143,7 @@ def assemble(
         config.augment,
         foreground_share=config.train.foreground_share,
         seed=config.seed,
+        prior_classes=config.task.out_channels if config.model.takes_prior else 0,
     )
     loss = build_loss(config.loss, _class_counts(config, examples), len(examples)).to(device)
     return start_training(net.to(device), config.train), source, loss
