@@ -1,15 +1,16 @@
 """Read the pixels of DICOM series whose headers `medseg.ingest.dicom` has checked."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Finding
+from medseg.ingest.deidentify import burned_in
 from medseg.ingest.dicom_codestream import check_frames
 from medseg.ingest.dicom_geometry import tilt_of, upright
 from medseg.ingest.dicom_headers import read_dataset
@@ -26,20 +27,21 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
 
     Returns:
         A volume of int16, uint16 or int32 where every rescaled value is an integer, else float32; its affine is
-        the source's, or where the gantry was tilted that of the upright grid. Findings: padding, and the tilt that was
-        removed.
+        the source's, or where the gantry was tilted that of the upright grid. Findings: text burnt in, padding, and the
+        tilt that was removed.
 
     Raises:
         Refused: a file's pixels are missing, cut short or cannot be decoded.
     """
     assert source.affine is not None
-    count = len(source.slices)
+    count, noticed = len(source.slices), _Noticed()
     stack = _Stack(count)
-    for part in _slices(source):
-        stack.put(part)
+    for part in _slices(source, noticed):
+        plane = stack.put(part)
+        noticed.add_padding(padding_mask(part.stored, part.padding), plane)
     volume = Volume(stack.narrowed().transpose(2, 1, 0), source.affine)
     tilt_deg = tilt_of(source.affine, count)
-    findings = stack.padding(volume.array)
+    findings = (*noticed.burnt_in(len(source.files)), *noticed.padding(volume.array))
     if not tilt_deg:
         return volume, findings
     message = f"Gantry tilt of {tilt_deg:.2f} degrees was removed: each slice was shifted within its plane."
@@ -64,16 +66,13 @@ class _Stack:
 
     Attributes:
         planes: (slice, row, column), so that each slice is one run of memory.
-        padded: how many voxels are padding. padding_values: the least and greatest of each slice.
     """
 
     count: int
     planes: NDArray[Any] = field(default_factory=lambda: np.empty((0, 0, 0), np.int16))
-    padded: int = 0
-    padding_values: set[float] = field(default_factory=set)
 
-    def put(self, part: _Slice) -> None:
-        """Take in the modality values of one slice."""
+    def put(self, part: _Slice) -> NDArray[Any]:
+        """Take in one slice; its modality values, (row, column)."""
         dtype = _rescaled_type(part)
         if self.planes.size == 0:
             self.planes = np.empty((self.count, *part.stored.shape), dtype)
@@ -81,13 +80,9 @@ class _Stack:
             raise Refused("mixed_size", "Decoded slices differ in rows and columns.")
         if (wider := _common(self.planes.dtype, dtype)) != self.planes.dtype:
             self.planes = self.planes.astype(wider)
-        plane = self.planes[part.k]
+        plane: NDArray[Any] = self.planes[part.k]
         _rescale_into(plane, part)
-        mask = padding_mask(part.stored, part.padding)
-        if mask is not None and mask.any():
-            values = plane[mask]
-            self.padded += values.size
-            self.padding_values |= {float(values.min()), float(values.max())}
+        return plane
 
     def narrowed(self) -> NDArray[Any]:
         """All planes; int16 slices among uint16 ones may have asked for more than they need together."""
@@ -95,11 +90,38 @@ class _Stack:
             return self.planes
         return self.planes.astype(_narrowest(int(self.planes.min()), int(self.planes.max())), copy=False)
 
+
+@dataclass
+class _Noticed:
+    """What the files of a series show or say besides their voxels.
+
+    Attributes:
+        padded: how many voxels are padding.
+        values: their rescaled values.
+        declared: findings about text burnt into the pixels, and how many files have each.
+    """
+
+    padded: int = 0
+    values: set[float] = field(default_factory=set)
+    declared: Counter[Finding] = field(default_factory=Counter)
+
+    def add_padding(self, mask: NDArray[np.bool_] | None, part: NDArray[Any]) -> None:
+        """Count one slice with its mask and rescaled values."""
+        if mask is not None and mask.any():
+            values = part[mask]
+            self.padded += values.size
+            self.values |= {float(values.min()), float(values.max())}
+
+    def burnt_in(self, files: int) -> Iterator[Finding]:
+        """Says in how many of the files the pixels may show names."""
+        for finding, count in self.declared.items():
+            yield replace(finding, message=f"{finding.message} ({count} of {files} files.)", number=count)
+
     def padding(self, array: NDArray[Any]) -> tuple[Finding, ...]:
         """Says that there is padding: voxels outside the field of view, which are kept as they are."""
         if not self.padded:
             return ()
-        share, low, high = self.padded / array.size, min(self.padding_values), max(self.padding_values)
+        share, low, high = self.padded / array.size, min(self.values), max(self.values)
         span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         bright = _above_median(low, array)
         message = f"{share:.1%} of the voxels are padding outside the field of view, with the value {span}"
@@ -107,7 +129,7 @@ class _Stack:
         return (Finding("padding", "warning" if bright else "info", message, round(share, 4)),)
 
 
-def _slices(source: Source) -> Iterator[_Slice]:
+def _slices(source: Source, noticed: _Noticed) -> Iterator[_Slice]:
     """The slices file by file: one file is in memory at a time."""
     wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for k, (file, frame) in enumerate(source.slices):
@@ -115,9 +137,11 @@ def _slices(source: Source) -> Iterator[_Slice]:
     for file, frames in wanted.items():
         plain = source.plain[file] if source.plain else None
         if plain is not None and (stored := plain.read(source.files[file])) is not None:
+            noticed.declared.update(plain.burnt_in)
             yield from (_Slice(k, stored, plain.slope, plain.intercept, plain.padding) for _, k in frames)
             continue
         data = read_dataset(source.files[file])
+        noticed.declared.update(burned_in(data))
         if is_siemens(data):
             tiles, scale = tiles_of(data, stored_pixels(data)), rescale(data, None)
             yield from (_Slice(k, tiles[frame], *scale) for frame, k in frames)

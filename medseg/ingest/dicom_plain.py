@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.cohort import Finding
+from medseg.ingest.deidentify import burned_in
 from medseg.ingest.dicom_values import clear_spare_bits, padding_range, rescale
 
 TAGS = (
     *("PixelRepresentation", "BitsStored", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit", "BurnedInAnnotation", "ConversionType"),
 )
 
 
@@ -28,6 +30,7 @@ class Plain:
         bits: of them count.
         slope, intercept: stored to modality values.
         padding: least and greatest stored value outside the image.
+        burnt_in: findings about text in the pixels.
         file_bytes: size of the file when its header was read.
     """
 
@@ -38,6 +41,7 @@ class Plain:
     slope: float
     intercept: float
     padding: tuple[int, int] | None
+    burnt_in: tuple[Finding, ...]
     file_bytes: int
 
     def read(self, path: Path) -> NDArray[Any] | None:
@@ -73,7 +77,7 @@ def find_plain(data: Any, pixels: tuple[int, int], file_bytes: int) -> Plain | N
         regular = bits in (8, 16) and signed in (0, 1) and data.SamplesPerPixel == 1 and size > 0
         if not regular or length != size + size % 2 or offset + length != file_bytes:
             return None
-        kind = f"<{'ui'[signed]}{bits // 8}"
-        return Plain(offset, shape, kind, int(data.BitsStored), *rescale(data, None), padding_range(data), file_bytes)
+        kind, scale, burnt_in = f"<{'ui'[signed]}{bits // 8}", rescale(data, None), tuple(burned_in(data))
+        return Plain(offset, shape, kind, int(data.BitsStored), *scale, padding_range(data), burnt_in, file_bytes)
     except Exception:  # the reader of the pixels says what is wrong
         return None
