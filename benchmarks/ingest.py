@@ -70,7 +70,8 @@ def simulate(folder: Path, slices: int) -> None:
         values = (tissue_hu + rng.normal(0, 20, (512, 512, min(100, slices)))).astype(np.int16)
         affine = np.diag([-0.7, -0.7, 1.25, 1.0])
         name = f"{number:03d}"
-        write_series(Volume(values, affine), folder / name, modality="CT", patient_id=name, seed_uid=name)
+        volume = Volume(values, affine)
+        write_series(volume, folder / name, modality="CT", patient_id=name, series_description=name)
 
 
 def measure(python: str, program: str, folder: Path) -> dict[str, float]:

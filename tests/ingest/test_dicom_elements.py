@@ -163,6 +163,7 @@ def test_pixels_read_in_one_piece_are_those_that_pydicom_decodes(
         data.BitsStored = bits if bits and dtype != np.uint8 else data.BitsAllocated
         data.HighBit = data.BitsStored - 1
         data.RescaleSlope, data.RescaleIntercept = scale[0], scale[1] + int(data.InstanceNumber)
+        data.BurnedInAnnotation = "YES"
         data.PixelPaddingValue, data.PixelPaddingRangeLimit = (100, 20) if dtype != np.int16 else (-300, -20)
 
     for path in write_series(Volume(values, np.eye(4)), tmp_path / "s", patient_id="p"):
