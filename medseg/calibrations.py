@@ -99,7 +99,7 @@ def run(
         cases,
         config.verdict,
         split=split,
-        trained_sites=bundle.verdict.fitted.get("trained_sites") if bundle.verdict else None,
+        trained_sites=bundle.trained_sites,
         new_site=split != "val",
     )
     folder = create_run(workspace, f"calibrate-{config.name}", None, **facts)

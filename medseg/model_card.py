@@ -46,11 +46,13 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             *(["| figure | value |", "|---|---|", *figures] if figures else ["None was recorded."]),
             "",
             *_joined(facts),
+            *_adapted(facts),
             *_retest(facts),
             "## Limits",
             "",
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
+            *_distance_lines(facts.get("feature_distance")),
             "",
             *(_verdict_lines(verdict) if verdict else ()),
             *_explanation_lines(facts.get("explained_by") or {}),
@@ -98,6 +100,30 @@ def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
             yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
     yield ""
+
+
+def _adapted(facts: Mapping[str, Any]) -> Iterator[str]:
+    """To which images the batch norms were adapted, if they were."""
+    if about := facts.get("adapted"):
+        yield "## Adaptation"
+        yield ""
+        where = f"the split `{about['split']}` of " if about["split"] else ""
+        yield f"The statistics of {about['layers']} batch norms were re-estimated on {about['cases']} images of {where}"
+        yield f"the cohort with SHA-256 `{about['cohort_sha256']}`, without their labels. The figures above were"
+        yield f"measured before, on the model `{facts['made_from'][:12]}`."
+        yield ""
+
+
+def _distance_lines(about: Mapping[str, Any] | None) -> Iterator[str]:
+    """Which scans are flagged as unlike the training cohort."""
+    if not about:
+        return
+    yield ""
+    if about["limit"] is None:
+        yield "How far a scan lies from the training cohort is told, but too few unseen cases were at hand for a limit."
+        return
+    yield f"Scans that lie beyond {about['limit']:.3g} from the training cohort in the network's features are flagged:"
+    yield f"of new cases like the {about['held_out']} unseen ones from which this limit comes, {about['rate']:.0%} do."
 
 
 def _retest(facts: Mapping[str, Any]) -> Iterator[str]:

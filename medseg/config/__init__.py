@@ -45,19 +45,23 @@ from medseg.config.results import (
     TrackingConfig,
 )
 from medseg.config.training import (
+    AppearanceConfig,
     AugmentConfig,
     BinaryCrossEntropyConfig,
     CrossEntropyConfig,
     DiceCEConfig,
     LossConfig,
     PlanConfig,
+    PretrainConfig,
     PriorConfig,
+    StyleConfig,
     TrainConfig,
 )
 from medseg.config.tree import Config, TaskConfig
 from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
+    "AppearanceConfig",
     "AttentionUNetConfig",
     "AuditConfig",
     "AuditItem",
@@ -87,6 +91,7 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "PretrainConfig",
     "PriorConfig",
     "PriorUNetConfig",
     "RankConfig",
@@ -98,6 +103,7 @@ __all__ = [
     "SplitConfig",
     "SqueezeNetConfig",
     "Strict",
+    "StyleConfig",
     "SwinUNETRConfig",
     "TableConfig",
     "TaskConfig",

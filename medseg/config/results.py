@@ -37,6 +37,8 @@ class PredictConfig(Strict):
     """Inference. `overlap` of neighbouring windows; `mirror_axes`: logits are averaged over flips along them.
 
     `memory_gb`: what blended logits may take, in GB (1e9 bytes), beside image, label map and the network's own need.
+    `air_below`: windows with no voxel from it on are answered as if they held even air, which is quicker and may change
+    labels; in HU where the plan normalises by HU (`ct`), else in standard deviations after normalisation.
     `min_similarity`: correlation of two examinations, once aligned, below which the earlier mask is no prior.
     """
 
@@ -44,6 +46,7 @@ class PredictConfig(Strict):
     window_batch: Count = 1
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     memory_gb: Positive = 4.0
+    air_below: float | None = None
     min_similarity: Share = 0.7
     change: ChangeConfig = ChangeConfig()
 

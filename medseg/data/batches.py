@@ -6,6 +6,7 @@ So a batch can be made again at any time from two integers, and a resumed run se
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,11 +77,12 @@ class BatchSource:
         """The parameters of every item of batch `step` (0-based)."""
         chosen = [self._case_at(step * self.batch_size + item) for item in range(self.batch_size)]
         rng, prior_rng = (np.random.default_rng([self.seed, stream, step]) for stream in (1, 2))
+        draw = partial(draw_augment, self.config, len(self.patch_size), rng, batch_size=self.batch_size)
         return tuple(
             ItemParameters(
                 index,
                 self._draw_centre(index, rng),
-                draw_augment(self.config, len(self.patch_size), rng),
+                draw(),
                 draw_prior(self.config.prior, prior_rng) if self.prior_classes else None,
             )
             for index in chosen

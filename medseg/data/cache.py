@@ -22,21 +22,12 @@ from medseg.exams import previous
 from medseg.files import replacing
 from medseg.images import read_image
 from medseg.label_sets import read_set
-from medseg.plan import Plan
+from medseg.plan import IMAGE_FIELDS, Plan
 from medseg.progress import progress
 from medseg.volume import to_canonical
 
 _POINTS_PER_CLASS = 5000
 _ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
-_GRID_FIELDS = (
-    "spacing_mm",
-    "size_px",
-    "normalise",
-    "intensity_low",
-    "intensity_high",
-    "intensity_mean",
-    "intensity_sd",
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def _load(
 
 
 def _key(cohort: Cohort, name: str, plan: Plan) -> str:
-    grid = [cohort.sha256, name, [str(getattr(plan, field)) for field in _GRID_FIELDS]]
+    grid = [cohort.sha256, name, [str(getattr(plan, field)) for field in IMAGE_FIELDS]]
     return hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
 
 

@@ -83,6 +83,8 @@ class CaseFolder:
             confidence=prediction.confidence,
             expected_dice=_lowest(prediction),
             verdict=prediction.verdict,
+            feature_distance=self._distance(prediction),
+            windows=prediction.windows,
             flags=flags,
             output_sha256=digest,
             outputs=[path.name for path in outputs],
@@ -161,6 +163,8 @@ class CaseFolder:
             "confidence": {},
             "expected_dice": None,
             "verdict": None,
+            "feature_distance": None,
+            "windows": {},
             "flags": [],
             "seconds": seconds,
             "input_sha256": self.input_sha256,
@@ -173,6 +177,14 @@ class CaseFolder:
         }
         write_json(self.path / "result.json", result)
         return Row.from_result(result)
+
+    def _distance(self, prediction: Prediction) -> dict[str, float | None] | None:
+        """The distance from the training cohort and its limit, which is None where too few cases were unseen."""
+        known = self.bundle.distance
+        if prediction.feature_distance is None or known is None:
+            return None
+        limit = None if known.limit is None else round(known.limit, 4)
+        return {"value": round(prediction.feature_distance, 4), "limit": limit}
 
     def _public(self, text: str) -> str:
         """Without paths, which may name the patient: the ledger goes to MLflow."""
