@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from medseg.bundle import save_bundle
 from medseg.cohort import Case, Cohort, assign_splits, write_cohort
 from medseg.config import Config, load_config
+from medseg.data.phantom import SITES, draw_radiograph_parameters, render_radiograph
 from medseg.images import write_nifti, write_png
 from medseg.models import build_from_config
 from medseg.plan import Plan
@@ -33,7 +35,7 @@ def tiny_radiograph_config(*overrides: str) -> Config:
     """The tuberculosis config made small: two classes, 32 pixels a side."""
     model = "model={name: densenet, init_features: 8, growth_rate: 4, block_config: [2, 2]}"
     plan = "plan={size_px: 32, batch_size: 4}"
-    return load_config("tb_radiograph", [model, plan, *TINY[2:], *overrides])
+    return load_config("tb_radiograph", [model, plan, *TINY[2:], "explain.rank.cases=0", *overrides])
 
 
 def segmentation_cohort(folder: Path, count: int = 10) -> Cohort:
@@ -146,3 +148,51 @@ def calibrated_bundle(folder: Path, *overrides: str) -> Path:
     facts = {"run_id": "run-1", "cohort_sha256": "c" * 64, "metrics": {}}
     plan = Plan(spatial_dims=2, patch_size=(32, 32), batch_size=1, size_px=(32, 32))
     return save_bundle(folder, state_dict=net.state_dict(), config=config, plan=plan, verdict=verdict, **facts)
+
+
+def contoured(number: int) -> frozenset[int]:
+    """Of the seven structures of `headneck_lookalike`, those that case `number` has contoured; every third has all."""
+    return frozenset(value for value in range(1, 8) if number % 3 == 0 or value < 4 or (number + value) % 4)
+
+
+def headneck_lookalike(folder: Path, count: int = 12) -> Path:
+    """CT stored as HU + 1024 with air = 0, whose headers hold a spacing alone; a box for each of seven structures, all
+    of them in every image, but in a label map only where `contoured` says so."""
+    rng = np.random.default_rng(11)
+    for number in range(count):
+        label = np.zeros((20, 22, 18), dtype=np.uint8)
+        for value in range(1, 8):
+            x, y, z = 2 + 5 * (value % 3) + rng.integers(3), 2 + 6 * (value // 3) + rng.integers(3), rng.integers(2, 8)
+            label[x : x + 4, y : y + 4, z : z + 8] = value
+        image = np.zeros(label.shape)
+        image[1:-1, 1:-1] = 1024 + rng.normal(0, 20, image[1:-1, 1:-1].shape)
+        image += 120.0 * label
+        label[~np.isin(label, list(contoured(number)))] = 0
+        for kind, array in (("images", image.round().astype(np.int16)), ("labels", label)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.diag([4.0, 4.0, 2.5, 1.0])), folder / kind / f"pt_{number}.nii.gz")
+    return folder
+
+
+def pneumonia_radiographs(folder: Path, count: int = 3, size_px: int = 96) -> Path:
+    """Simulated chests as the COVID-19 Radiography Database lays them out: as many normal ones, with one opacity
+    (Viral Pneumonia) and with a haze in both lungs that thickens downwards (COVID). One without class and all masks
+    lie between them.
+
+    Returns:
+        The folder of the set.
+    """
+    root = folder / "COVID-19_Radiography_Dataset"
+    down = np.linspace(0, 1, size_px)[:, None]
+    for number in range(3 * count):
+        name = ("Normal", "Viral Pneumonia", "COVID")[number % 3]
+        site = SITES[number // 3 % 2]
+        made = render_radiograph(draw_radiograph_parameters(3, number, number % 3 == 1, site), size_px)
+        image = made.image.astype(np.float64)
+        if name == "COVID":
+            image += 900.0 * made.lung_mask * down
+        file = f"{name}-{number // 3 + 1}.png"
+        write_png(root / name / "images" / file, np.clip(image / 16, 0, 255).astype(np.uint8))
+        write_png(root / name / "masks" / file, made.lung_mask * np.uint8(255))
+    write_png(root / "Lung_Opacity" / "images" / "Lung_Opacity-1.png", np.zeros((size_px, size_px), np.uint8))
+    return folder

@@ -5,21 +5,24 @@ YAML is data only: at most one `extends:` (a sibling file, or a name in configs/
 """
 
 from medseg.config.classifiers import (
+    BackboneConfig,
     DenseNetConfig,
     InceptionConfig,
     MobileNetConfig,
     ResNetConfig,
     SqueezeNetConfig,
+    TwoStageConfig,
     VGGConfig,
 )
 from medseg.config.fields import Strict
-from medseg.config.ingest import FindingCode, IngestConfig, SplitConfig, TableConfig
+from medseg.config.ingest import ExamUnit, FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
 from medseg.config.models import (
     AttentionUNetConfig,
     DynUNetConfig,
     MedNeXtConfig,
     ModelConfig,
+    PriorUNetConfig,
     ReversibleUNetConfig,
     SegResNetConfig,
     SwinUNETRConfig,
@@ -28,6 +31,7 @@ from medseg.config.models import (
 )
 from medseg.config.network import NetworkConfig
 from medseg.config.results import (
+    ChangeConfig,
     CodeConfig,
     ExplainChecksConfig,
     ExplainConfig,
@@ -35,34 +39,43 @@ from medseg.config.results import (
     MethodConfig,
     MethodName,
     PredictConfig,
+    RankConfig,
     ReportConfig,
     SegmentConfig,
     TrackingConfig,
 )
 from medseg.config.training import (
+    AppearanceConfig,
     AugmentConfig,
     BinaryCrossEntropyConfig,
     CrossEntropyConfig,
     DiceCEConfig,
     LossConfig,
     PlanConfig,
+    PretrainConfig,
+    PriorConfig,
+    StyleConfig,
     TrainConfig,
 )
 from medseg.config.tree import Config, TaskConfig
 from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
+    "AppearanceConfig",
     "AttentionUNetConfig",
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
+    "BackboneConfig",
     "BinaryCrossEntropyConfig",
+    "ChangeConfig",
     "CodeConfig",
     "Config",
     "CrossEntropyConfig",
     "DenseNetConfig",
     "DiceCEConfig",
     "DynUNetConfig",
+    "ExamUnit",
     "ExplainChecksConfig",
     "ExplainConfig",
     "ExportConfig",
@@ -78,6 +91,10 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "PretrainConfig",
+    "PriorConfig",
+    "PriorUNetConfig",
+    "RankConfig",
     "ReportConfig",
     "ResNetConfig",
     "ReversibleUNetConfig",
@@ -86,11 +103,13 @@ __all__ = [
     "SplitConfig",
     "SqueezeNetConfig",
     "Strict",
+    "StyleConfig",
     "SwinUNETRConfig",
     "TableConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TwoStageConfig",
     "UNetConfig",
     "UNetPPConfig",
     "VGGConfig",

@@ -18,6 +18,7 @@ class NetworkConfig(Strict):
     """
 
     classifies: ClassVar[bool] = False
+    takes_prior: ClassVar[bool] = False
     dims: ClassVar[tuple[int, ...]] = (2, 3)
     published_px: ClassVar[int] = 224
 
@@ -35,6 +36,16 @@ class NetworkConfig(Strict):
     def variant(self) -> str:
         """The network by the name that publications use, such as densenet121."""
         return str(getattr(self, "name", ""))
+
+    @property
+    def parts(self) -> "dict[str, NetworkConfig]":
+        """What can start from weights of its own, by the module's dotted name: the whole, and networks inside it."""
+        return {"": self}
+
+    @property
+    def size_reason(self) -> str:
+        """Why radiographs have `published_px` where nothing else is set."""
+        return f"the size at which {self.variant} was published"
 
     @property
     def smallest_size(self) -> int:

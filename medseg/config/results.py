@@ -1,10 +1,11 @@
 """Inference, explanation, export, report and tracking."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from medseg.config.fields import Count, Positive, Strict
+from medseg.config.fields import Count, Positive, Share, Strict
 
 MethodName = Literal[
     "gradcam",
@@ -19,16 +20,35 @@ MethodName = Literal[
 ]
 
 
+class ChangeConfig(Strict):
+    """How volumes of one patient are compared over time.
+
+    `cv_percent` is the test-retest noise of a label's volume where it is known: the standard deviation of repeated
+    measurements in percent of the volume. What `medseg models calibrate` measured, on repeat scans at most
+    `retest_days` apart, goes before it. Examinations that span less than `min_days` are given no rate per year.
+    """
+
+    cv_percent: dict[str, Positive] = Field(default={})
+    retest_days: Annotated[int, Field(ge=0)] = 30
+    min_days: Count = 90
+
+
 class PredictConfig(Strict):
     """Inference. `overlap` of neighbouring windows; `mirror_axes`: logits are averaged over flips along them.
 
     `memory_gb`: what blended logits may take, in GB (1e9 bytes), beside image, label map and the network's own need.
+    `air_below`: windows with no voxel from it on are answered as if they held even air, which is quicker and may change
+    labels; in HU where the plan normalises by HU (`ct`), else in standard deviations after normalisation.
+    `min_similarity`: correlation of two examinations, once aligned, below which the earlier mask is no prior.
     """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     window_batch: Count = 1
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     memory_gb: Positive = 4.0
+    air_below: float | None = None
+    min_similarity: Share = 0.7
+    change: ChangeConfig = ChangeConfig()
 
 
 class MethodConfig(Strict):
@@ -74,8 +94,23 @@ class ExplainChecksConfig(Strict):
     seed: int = 0
 
 
+class RankConfig(Strict):
+    """What is compared, when a classifier has been trained, to find out which maps explain it best.
+
+    `cases` of the validation split, dealt evenly over classes and sites, are explained by each of `methods` at the
+    layers that end the `stages` coarsest resolutions; 0 cases compare nothing.
+    """
+
+    cases: Annotated[int, Field(ge=0)] = 6
+    methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = ("gradcam", "hirescam", "layercam", "fullgrad")
+    stages: Count = 2
+
+
 class ExplainConfig(Strict):
     """Activation maps: method, layer (`bottleneck`, `last` or a module's dotted name) and for how many cases.
+
+    `auto` is what measured best by `rank` and stands in the bundle; without such a figure it is `gradcam` at `layer`.
+    With another layer than `last` the methods are compared at that one alone.
 
     `cases` says which: the `first` by id, a `random` choice (the same for the same seed of the checks), or for
     classifiers the most `doubtful` (lowest probability of the predicted class, or of the least certain answer about a
@@ -83,14 +118,21 @@ class ExplainConfig(Strict):
     check is shown with the failure named, or withheld (not written).
     """
 
-    method: MethodName = "gradcam"
+    method: Literal["auto"] | MethodName = "auto"
     layer: str = "last"
+    rank: RankConfig = RankConfig()
     target: str | None = None
     max_cases: Annotated[int, Field(ge=0)] = 20
     cases: Literal["first", "random", "doubtful"] = "first"
     methods: MethodConfig = MethodConfig()
     checks: ExplainChecksConfig = ExplainChecksConfig()
     on_failure: Literal["show", "withhold"] = "show"
+
+    def settled(self, chosen: Mapping[str, str] | None) -> "ExplainConfig":
+        """With a method in the place of `auto`: that of `chosen` (`method` and `layer`), where something was."""
+        if self.method != "auto":
+            return self
+        return self.model_copy(update=dict(chosen) if chosen else {"method": "gradcam"})
 
 
 class ReportConfig(Strict):

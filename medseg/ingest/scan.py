@@ -46,11 +46,13 @@ class Source:
             sheared where the gantry was tilted.
         slices: (index in `files`, frame within that file) of each slice of a DICOM series along the k axis.
         windowed: a radiograph's VOI look-up table or window is to be applied.
+        offset_hu, orientation: of NIfTI files, as `IngestConfig` has them; 0 and empty leave them as they are.
         parts: the series of a case whose channels are series of their own, in order of `task.channels`; `files` then
             holds the files of all.
         label: the label map that lies beside the channels, where `ingest.label_name` picks it.
         label_path: `ingest.label_path` with the groups of this case's path filled in.
         exam: order or date of the examination among those of its patient, as the path says; may identify.
+        study_date: of a DICOM header (YYYYMMDD), not shifted: it may order a batch, and is written nowhere.
     """
 
     case_id: str
@@ -66,10 +68,13 @@ class Source:
     affine: Affine | None = field(default=None, repr=False, compare=False)
     slices: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     windowed: bool = False
+    offset_hu: float = 0.0
+    orientation: str = ""
     parts: tuple["Source", ...] = field(default=(), repr=False)
     label: Path | None = field(default=None, repr=False)
     label_path: str = field(default="", repr=False)
     exam: str = field(default="", repr=False)
+    study_date: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

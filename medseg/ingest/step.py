@@ -18,14 +18,15 @@ from pathlib import Path
 import medseg
 from medseg.cohort import Case, Cohort, Finding, Reject, assign_splits, check_cases, write_cohort
 from medseg.config import Config
+from medseg.exams import exam_days
 from medseg.files import UserError, dump_json, read_json, sha256_file, sha256_files, write_json, write_rows
 from medseg.images import write_nifti
 from medseg.ingest import deidentify, duplicates, quality
 from medseg.ingest.deidentify import Names
 from medseg.ingest.dicom_headers import read_dataset
 from medseg.ingest.duplicates import Fingerprint
-from medseg.ingest.guess import Draft
-from medseg.ingest.label_maps import label_inputs, read_label
+from medseg.ingest.guess import Draft, check_declared
+from medseg.ingest.label_maps import annotated, label_inputs, read_label
 from medseg.ingest.labels import Truth, match
 from medseg.ingest.pseudonyms import pseudonym, record_places
 from medseg.ingest.radiograph import write_radiograph_png
@@ -36,7 +37,10 @@ from medseg.result import Result
 from medseg.volume import Volume, orientation_code
 
 RECORD_VERSION = 3
-_RULES = {"modality", "refuse", "dates", "label_threshold", "label_files", "label_values", "label_grid"}
+_RULES = {
+    *("modality", "refuse", "dates", "offset_hu", "orientation"),
+    *("label_threshold", "label_files", "label_values", "label_grid", "label_missing"),
+}
 _WORKERS = 4
 
 
@@ -78,6 +82,8 @@ def run(
         found = [names.source(source) for source in found]
         if isinstance(config, Draft):
             config = config.settle(found, labels)
+        elif labels is None:
+            check_declared(found, config.task, config.ingest)
         matched, unmatched = match(found, labels, config.ingest, config.task)
         rejects = [names.reject(reject) for reject in (*rejects, *unmatched)]
         if lookup is not None:
@@ -136,6 +142,7 @@ class _CaseMaker:
     names: Names
     resumed: list[str] = field(default_factory=list)
     prints: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
+    shifts: dict[str, str] = field(default_factory=dict, repr=False)
 
     def make_all(self, pairs: Sequence[tuple[Source, Truth]]) -> tuple[list[Case], list[Reject]]:
         """Case or reject of every source. A UserError (disk full) or Ctrl-C stops the rest."""
@@ -154,7 +161,9 @@ class _CaseMaker:
                     shown.advance()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        return list(duplicates.find(sorted(cases, key=lambda case: case.case_id), self.prints)), rejects
+        days = exam_days(cases, self.config.ingest.exam_unit, self.shifts)
+        placed = [replace(case, exam_day=days.get(case.case_id)) for case in sorted(cases, key=lambda c: c.case_id)]
+        return list(duplicates.find(placed, self.prints)), rejects
 
     def about(self) -> dict[str, object]:
         """What `cohort.json` tells of de-identification, and the percentiles of every image for the cohort's page."""
@@ -177,22 +186,26 @@ class _CaseMaker:
             return error.reject(source.name)
         patient = pseudonym(self.key, "patient", truth.patient) or source.patient_id or source.case_id
         site = self.names.site(truth.site) or source.site
-        exam = source.exam or case.exam  # else the date of a DICOM study, as the record has it
+        told = self.names.exam(truth.exam, truth.patient or source.patient_id)
+        exam = told or source.exam or case.exam  # else the date of a DICOM study, as the record has it
+        if self.names.keyed or source.source_kind == "dicom":
+            self.shifts[source.case_id] = (told and truth.patient) or source.patient_id or source.case_id
         return replace(case, patient_id=patient, site=site, exam=exam, split=truth.split, target=truth.target)
 
     def _write(self, source: Source, truth: Truth, digest: str) -> Case:
         scan = read_source(source)
         self._check_task(scan)
         findings = quality.check(scan, self.config.ingest)
-        label = None
+        label, told = None, ""
         if truth.label is not None:
             label, found = read_label(truth.label, scan.channels[0], self.config.task, self.config.ingest)
+            told = annotated(truth.label, label, truth.annotated, self.config.task, self.config.ingest)
             findings += found
         (self.folder / "cohort.json").unlink(missing_ok=True)  # the tables no longer tell the truth
         self._record(source.case_id).unlink(missing_ok=True)
         images = self._write_images(scan)
         label_name = self._write_label(scan, label)
-        case = _case(scan, images, label_name, findings)
+        case = replace(_case(scan, images, label_name, findings), annotated=told)
         self.prints[case.case_id] = found_print = duplicates.fingerprint(scan.channels[0])
         record: dict[str, object] = {"version": RECORD_VERSION, "inputs": digest, "image": found_print.to_json()}
         if scan.source_kind == "dicom":
@@ -243,6 +256,7 @@ class _CaseMaker:
             "modality": source.modality,
             "rules": self.config.ingest.model_dump(mode="json", include=_RULES),
             "windowed": source.windowed,
+            "annotated": truth.annotated,
         }
         try:
             masks = label_inputs(truth.label, self.config.task, self.config.ingest) if truth.label else []

@@ -56,7 +56,8 @@ def train(
     run_id: str | None = None,
     tags: dict[str, str] | None = None,
 ) -> Result:
-    """Train one network as one run; calibrate a classifier on its validation split; register the bundle.
+    """Train one network as one run; register the bundle. A classifier is calibrated on its validation split, and there
+    it is compared how its activation maps are best made.
 
     A fold is not registered, but measured on its own part.
 
@@ -69,6 +70,7 @@ def train(
         UserError: the config to resume with differs from the run's.
     """
     from medseg.calibrations import add_verdict
+    from medseg.explanations import add_ranking
     from medseg.folds import as_trained, fold_facts, measure_fold
     from medseg.tracking import track
     from medseg.train import step
@@ -92,14 +94,46 @@ def train(
             tracker.log_cohort(cohort, "train")
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
         verdict = add_verdict(result.paths["bundle"], cohort, tracker)
+        explained = add_ranking(result.paths["bundle"], cohort, tracker)
         tracker.log_artifact(result.paths["history"])
         tracker.log_bundle(result.paths["bundle"], "" if part else config.tracking.register_as)
-        result = replace(result, figures={**result.figures, **verdict})
+        result = replace(result, figures={**result.figures, **verdict, **explained})
         if part:
             measured = measure_fold(result.paths["bundle"], cohort, folder, tracker)
             figures = {**result.figures, **part, "oof": measured.figures}
             result = replace(result, status=measured.status, figures=figures)
     return result.write(folder.path)
+
+
+def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str | None = None) -> Result:
+    """Train the encoder of a config on the cohort's training images without their labels, as a run of its own.
+
+    Args:
+        resume: id of the run to go on with.
+
+    Raises:
+        UserError: the config to resume with differs from the run's, or cannot be pretrained.
+    """
+    from medseg.tracking import track
+    from medseg.train import pretrain as step
+    from medseg.train.planning import make_plan
+
+    cohort = read_cohort(cohort_dir)
+    if resume:
+        folder = find_run(workspace, resume)
+        _same_config(config, folder)
+    else:
+        facts = {"step": "pretrain", "seed": config.seed, "cohort_sha256": cohort.sha256}
+        folder = create_run(workspace, f"pretrain-{config.name}", None, **facts)
+    made = folder.path / "plan.yaml"
+    chosen = read_plan(made) if made.is_file() else make_plan(config, cohort)
+    with track(folder, config.tracking, tags={"medseg.step": "pretrain"}, resume=bool(resume)) as tracker:
+        if not resume:
+            tracker.log_params(config.model_dump(mode="json"))
+            tracker.log_cohort(cohort, "pretrain")
+        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        tracker.log_artifact(result.paths["history"])
+    return result
 
 
 def _plan_folder(config: Config, cohort: Cohort) -> Path:

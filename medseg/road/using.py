@@ -102,10 +102,8 @@ def _explain(
 ) -> Result:
     from medseg.explain import step
 
-    config = bundle.config
-    return step.run(
-        config.explain, net, bundle.plan, bundle.labels, scans, split, predictions=out, ingest=config.ingest.for_use()
-    )
+    config, ingest = bundle.config.explain.settled(bundle.explanation.get("chosen")), bundle.config.ingest.for_use()
+    return step.run(config, net, bundle.plan, bundle.labels, scans, split, predictions=out, ingest=ingest)
 
 
 def _nameless_ledger(ledger: Path, run_folder: Path, workspace: Path, is_cohort: bool) -> Path:

@@ -49,7 +49,7 @@ def _draft_radiographs(config: Config, found: Fingerprint) -> Draft:
     divisors = divisors_of(config.model, 2, {})
     published = config.model.published_px
     size = fixed.size_px or published
-    by = f", the size at which {config.model.variant} was published" if config.model.classifies else ""
+    by = f", {config.model.size_reason}" if config.model.classifies else ""
     largest = fixed.batch_size or _RADIOGRAPHS
     candidates = [Candidate((size, size), largest)]
     if fixed.batch_size is None:
