@@ -3,9 +3,10 @@
     python -m benchmarks.sources CONFIG --cohort DIR --train SITE --test SITE [--options …] [--seeds 3] [--set A.B=C]
 
 Each option is a few overrides of CONFIG, trained once per seed as a run under --work (a run that is there already is
-not made again, and one that was stopped goes on). Every network is scored twice at the other site, as trained and after `medseg models adapt` on all its
-images without labels. Specificity is at the highest threshold that finds 90 % of the positive cases of that site;
-intervals are from a bootstrap over patients. HOME is a quarter of the training site that no choice was made on.
+not made again, and one that was stopped goes on). Every network is scored twice at the other site: as trained, and
+adapted as `medseg models adapt` does to all images of that site, without labels. Specificity is at the highest
+threshold that finds 90 % of the positive cases of that site; intervals are from a bootstrap over patients. Home is a
+quarter of the training site's cases, on which no choice was made.
 """
 
 import argparse
