@@ -113,7 +113,8 @@ class Predictor:
                 said = self._classified(scan, prepared)
             else:
                 said = self._segmented(scan, prepared, announce, prior)
-        distance = measured()
+        shown = prior is not None and prior.codes is not None
+        distance = None if shown else measured()  # the limit is that of features without a prior
         limit = self._distance.limit if self._distance is not None else None
         found = (*_warnings(scan), *check_scan(scan, self.bundle.plan), *check_distance(distance, limit))
         earlier = prior.findings if prior else ()
