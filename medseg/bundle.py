@@ -4,6 +4,9 @@
 `bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is pickled, and nothing of it
 is used before its hash is checked.
 
+A classifier that looks for lung fields carries its lung model in `lungs/`, a bundle of its own that `bundle.json` names
+by hash.
+
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
 """
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
 VERDICT = "verdict.json"
+LUNGS = "lungs"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,6 +63,7 @@ class Bundle:
         sha256: over `bundle.json`, and through it over every file; names this model in results and ledgers.
         facts: the content of `bundle.json`.
         verdict: calibration and operating point of a classifier; None for other models and bundles without one.
+        lungs: the lung model of a classifier that has one.
     """
 
     folder: Path
@@ -68,6 +73,7 @@ class Bundle:
     sha256: str
     facts: Mapping[str, Any] = field(repr=False)
     verdict: Verdict | None = None
+    lungs: "Bundle | None" = None
 
     @property
     def name(self) -> str:
@@ -138,6 +144,7 @@ def save_bundle(
     evidence: Mapping[str, Any] | None = None,
     attached: Mapping[str, str] | None = None,
     verdict: Verdict | None = None,
+    lungs: Bundle | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
@@ -149,6 +156,7 @@ def save_bundle(
         verdict: takes the place of the two.
         members: facts of each joined fold, in the order of the weights. evidence: see `Bundle.evidence`.
         attached: more files, by name, with their text.
+        lungs: the lung model, which is copied.
 
     Raises:
         UserError: the folder cannot be written.
@@ -172,7 +180,11 @@ def save_bundle(
         facts["schema_version"] = JOINED_VERSION
         facts["members"] = [{**about, "weights": name} for about, name in zip(members, states, strict=True)]
         facts["evidence"] = evidence or {}
+    if lungs is not None:
+        facts["lungs"] = lungs.identity()
     with _new_folder(folder) as part:
+        if lungs is not None:
+            shutil.copytree(lungs.folder, part / LUNGS)
         for name, state in states.items():
             _write_weights(part / name, state)
         for name, text in (attached or {}).items():
@@ -201,6 +213,8 @@ def with_verdict(
     with _new_folder(folder) as part:
         for name in kept:
             shutil.copyfile(bundle.folder / name, part / name)
+        if bundle.lungs is not None:
+            shutil.copytree(bundle.lungs.folder, part / LUNGS)
         _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
     return folder
 
@@ -220,7 +234,8 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     _verify(folder, facts)
     config = load_config(folder / "config.yaml")
     verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
-    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts, verdict)
+    plan, lungs = read_plan(folder / "plan.yaml"), _load_lungs(folder, facts)
+    return Bundle(folder, config, plan, config.task.labels, facts["sha256"], facts, verdict, lungs)
 
 
 def find_bundle(name: str, workspace: Path) -> Path:
@@ -260,6 +275,25 @@ def check_target(folder: Path) -> None:
     """A bundle may take the place of nothing and of another bundle only. Raises UserError where it would of more."""
     if folder.exists() and not (folder / "bundle.json").is_file() and not _is_empty(folder):
         raise UserError(f"--out {folder} exists and is no bundle; name a new folder.")
+
+
+def copy_bundle(bundle_dir: Path, folder: Path) -> Path:
+    """The bundle under another name: copied beside it, then renamed; the hashes are checked when it is loaded.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    part = folder.with_name(f".part-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(bundle_dir, part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 def package_version() -> str:
@@ -345,6 +379,18 @@ def _verify(folder: Path, facts: Any) -> None:
             raise UserError(f"{path} is missing; copy the bundle again from its run.")
         if sha256_file(path) != digest:
             raise UserError(f"{path} differs from its hash in bundle.json; copy the bundle again from its run.")
+
+
+def _load_lungs(folder: Path, facts: Mapping[str, Any]) -> Bundle | None:
+    """The lung model in a bundle, if `bundle.json` names one."""
+    if not (named := facts.get("lungs")):
+        return None
+    if not (folder / LUNGS / "bundle.json").is_file():
+        raise UserError(f"{folder / LUNGS} is missing; copy the bundle again from its run.")
+    lungs = load_bundle(folder / LUNGS)
+    if lungs.sha256 != named["sha256"]:
+        raise UserError(f"{folder / LUNGS} is another model than bundle.json names; copy the bundle again.")
+    return lungs
 
 
 def _whole(files: object, needed: set[str]) -> bool:

@@ -11,7 +11,7 @@ from medseg.config import Config, apply_override, validate_config
 from medseg.evaluate.calibrate import CannotCalibrate, calibrate
 from medseg.evaluate.outcomes import reason_of
 from medseg.files import UserError
-from medseg.predict import load_network
+from medseg.predict import load_network, view_of
 from medseg.result import Result
 from medseg.runs import create_run
 from medseg.tracking import Tracker, track
@@ -46,6 +46,7 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
             bundle.config.verdict,
             split="val",
             trained_sites=sorted({case.site for case in cohort.cases if case.split in ("train", "val")}),
+            lungs=view_of(bundle),
         )
     except CannotCalibrate as error:
         reason = reason_of(error, cohort.folder.parent)
@@ -94,6 +95,7 @@ def run(
         split=split,
         trained_sites=bundle.verdict.fitted.get("trained_sites") if bundle.verdict else None,
         new_site=split != "val",
+        lungs=view_of(bundle),
     )
     folder = create_run(workspace, f"calibrate-{config.name}", None, **facts)
     with track(folder, config.tracking, tags={"medseg.step": "calibrate"}) as tracker:

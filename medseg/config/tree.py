@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from medseg.config.fields import Strict
 from medseg.config.ingest import IngestConfig
+from medseg.config.lungs import LungsConfig
 from medseg.config.models import ModelConfig
 from medseg.config.results import ExplainConfig, ExportConfig, PredictConfig, ReportConfig, TrackingConfig
 from medseg.config.training import AugmentConfig, LossConfig, PlanConfig, TrainConfig
@@ -74,6 +75,7 @@ class Config(Strict):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ingest: IngestConfig = IngestConfig()
+    lungs: LungsConfig | None = None
     plan: PlanConfig = PlanConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
@@ -92,6 +94,7 @@ class Config(Strict):
             raise ValueError(f"model.name {self.model.name!r} does not fit task.kind {self.task.kind!r}")
         self._check_sizes()
         self._check_loss()
+        self._check_lungs()
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")
@@ -119,6 +122,14 @@ class Config(Strict):
             )
         if not self.task.multi_label and given != _LOSSES[self.task.kind]:
             raise ValueError(f"loss.name {given!r} does not fit task.kind {self.task.kind!r}")
+
+    def _check_lungs(self) -> None:
+        if self.lungs is None:
+            return
+        if self.task.spatial_dims != 2:
+            raise ValueError(f"lungs are those of radiographs, not of task.spatial_dims {self.task.spatial_dims}")
+        if self.task.kind == "segmentation" and (self.lungs.model or self.lungs.mask != "none"):
+            raise ValueError("lungs.model and lungs.mask are for classifiers; a segmentation has the limits only")
 
     def _check_sizes(self) -> None:
         model, plan, dims = self.model, self.plan, self.task.spatial_dims

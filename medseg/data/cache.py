@@ -7,18 +7,21 @@ import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case, Cohort
+from medseg.data.lung_view import LungView
 from medseg.data.preprocess import prepare
 from medseg.files import replacing
 from medseg.images import read_image
 from medseg.label_sets import read_set
 from medseg.plan import Plan
 from medseg.progress import progress
+from medseg.volume import Volume
 
 _POINTS_PER_CLASS = 5000
 _GRID_FIELDS = (
@@ -58,18 +61,24 @@ def load_examples(
     cache: Path,
     *,
     multi_label: bool = False,
+    label_maps: bool = True,
+    lungs: LungView | None = None,
     workers: int = 2,
     what: str = "cases",
 ) -> list[Example]:
     """Prepare each case once into `cache` and map it.
 
-    The cache's key covers the cohort, the case and every field of the plan that changes the arrays.
+    The cache's key covers the cohort, the case, every field of the plan that changes the arrays, and what of a
+    radiograph is visible.
 
     Args:
         multi_label: the target of a case is a set of labels, as `label_sets` writes it.
+        label_maps: the label maps are what is learnt; those of a classifier's cohort are not read as labels.
+        lungs: what of a radiograph is visible; by default all.
     """
+    load = partial(_load, cohort, plan, cache, multi_label, label_maps, lungs)
     with ThreadPoolExecutor(workers) as pool, progress(f"Preparing {what}", len(cases)) as shown:
-        futures = [pool.submit(_load, cohort, case, plan, cache, multi_label) for case in cases]
+        futures = [pool.submit(load, case) for case in cases]
         examples = []
         for future in futures:
             examples.append(future.result())
@@ -77,13 +86,25 @@ def load_examples(
     return examples
 
 
-def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool) -> Example:
+def _load(
+    cohort: Cohort,
+    plan: Plan,
+    cache: Path,
+    multi_label: bool,
+    label_maps: bool,
+    lungs: LungView | None,
+    case: Case,
+) -> Example:
     grid = [cohort.sha256, case.case_id, [str(getattr(plan, name)) for name in _GRID_FIELDS]]
+    grid += [lungs.key] if lungs is not None and lungs.key else []
     stem = cache / hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
     image_path, label_path = stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")
-    source = cohort.label_path(case)
+    kept = cohort.label_path(case)
+    source = kept if label_maps else None
     if not image_path.is_file():
-        channels = [read_image(path) for path in cohort.image_paths(case)]
+        channels: Sequence[Volume] = [read_image(path) for path in cohort.image_paths(case)]
+        if lungs is not None:
+            channels = lungs.show(channels, kept)
         prepared = prepare(channels, plan, read_image(source) if source else None)
         if prepared.label is not None:
             _save(label_path, prepared.label)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.data.lung_view import LungFields
 from medseg.plan import Plan
 from medseg.volume import Affine, Volume, from_canonical, resample, resampled_grid, to_canonical
 
@@ -28,6 +29,7 @@ class Prepared:
     affine: Affine
     native_affine: Affine
     native_shape: tuple[int, ...]
+    lungs: LungFields | None = None
 
 
 def prepare(channels: Sequence[Volume], plan: Plan, label: Volume | None = None) -> Prepared:

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medseg.bundle import Bundle
 from medseg.cohort import Finding
+from medseg.data.lung_view import FILE as LUNGS_FILE
+from medseg.data.lung_view import LungFields
 from medseg.files import UserError, dump_json, read_json, sha256_file, write_json, write_text
+from medseg.images import write_png
 from medseg.ingest.dicom_derived import read_source_headers, why_not
 from medseg.ingest.scan import Refused, Scan
 from medseg.ledger import Row, Status
@@ -25,7 +30,7 @@ from medseg.predict.predictor import Prediction
 from medseg.predict.preview import write_preview
 from medseg.tracking.failure import scrub
 
-_OUTPUTS = ("mask.nii.gz", "mask.png", "mask.dcm", "report.dcm", "preview.png", "failure.txt")
+_OUTPUTS = ("mask.nii.gz", "mask.png", LUNGS_FILE, "mask.dcm", "report.dcm", "preview.png", "failure.txt")
 _MAX_REASON = 500
 
 
@@ -64,6 +69,8 @@ class CaseFolder:
         flags, outputs = list(prediction.flags), [self.path / "preview.png"]
         write_preview(outputs[0], scan.channels[0], prediction.mask)
         digest = hashlib.sha256(dump_json(prediction.probs).encode()).hexdigest()
+        if prediction.lungs is not None:
+            outputs.append(write_png(self.path / LUNGS_FILE, prediction.lungs.mask.astype(np.uint8)))
         if prediction.mask is not None:
             outputs.append(write_mask(self.path, prediction.mask))
             digest = sha256_file(outputs[-1])
@@ -80,6 +87,7 @@ class CaseFolder:
             confidence=prediction.confidence,
             expected_dice=_lowest(prediction),
             verdict=prediction.verdict,
+            lungs=None if prediction.lungs is None else self._about_lungs(prediction.lungs),
             flags=flags,
             output_sha256=digest,
             outputs=[path.name for path in outputs],
@@ -105,6 +113,15 @@ class CaseFolder:
         elif not isinstance(error, UserError):
             message = f"{type(error).__name__}: {message}" if message else type(error).__name__
         return self._finish("failed", self._public(message), {}, outputs=["failure.txt"])
+
+    def _about_lungs(self, fields: LungFields) -> dict[str, Any]:
+        """What the network saw of a radiograph, how large its lung fields are, and which model found them."""
+        settings, model = self.bundle.config.lungs, self.bundle.lungs
+        return {
+            "mask": settings.mask if settings is not None else "none",
+            "area_share": round(float(fields.mask.mean()), 4),
+            "model": model.identity() if model is not None else None,
+        }
 
     def _write_dicom(self, scan: Scan, prediction: Prediction, flags: list[Finding]) -> list[Path]:
         """The mask as DICOM SEG and its volumes as SR; what cannot be written becomes a flag."""
@@ -149,11 +166,13 @@ class CaseFolder:
             "confidence": {},
             "expected_dice": None,
             "verdict": None,
+            "lungs": None,
             "flags": [],
             "seconds": seconds,
             "input_sha256": self.input_sha256,
             "output_sha256": "",
             "bundle": self.bundle.identity(),
+            "labels": self.bundle.labels,
             "image": self.job.images,
             "outputs": [],
             **more,

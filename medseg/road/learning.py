@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medseg.cohort import Cohort, read_cohort
 from medseg.config import Config, dump_config, load_config
@@ -12,6 +13,9 @@ from medseg.plan import Plan, read_plan, write_plan
 from medseg.result import Result
 from medseg.road.sources import at_hand
 from medseg.runs import RunFolder, create_run, find_run
+
+if TYPE_CHECKING:
+    from medseg.data.lung_view import LungView
 
 
 def ingest(
@@ -90,7 +94,8 @@ def train(
         if not resume:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "train")
-        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        lungs = _lungs(config, folder)
+        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
         verdict = add_verdict(result.paths["bundle"], cohort, tracker)
         tracker.log_artifact(result.paths["history"])
         tracker.log_bundle(result.paths["bundle"], "" if part else config.tracking.register_as)
@@ -100,6 +105,23 @@ def train(
             figures = {**result.figures, **part, "oof": measured.figures}
             result = replace(result, status=measured.status, figures=figures)
     return result.write(folder.path)
+
+
+def _lungs(config: Config, folder: RunFolder) -> "LungView | None":
+    """What a classifier of radiographs sees. Its lung model is copied into the run first: a run that goes on must not
+    meet another model under the same name."""
+    from medseg.bundle import LUNGS, copy_bundle, load_bundle
+    from medseg.data.lung_view import load_lung_model
+    from medseg.predict import lung_view
+
+    if config.lungs is None or config.task.kind != "classification":
+        return None
+    if not config.lungs.model:
+        return lung_view(config.lungs, None)
+    kept = folder.path / LUNGS
+    if not kept.is_dir():
+        copy_bundle(load_lung_model(config.lungs.model, folder.workspace, "lungs.model").folder, kept)
+    return lung_view(config.lungs, load_bundle(kept))
 
 
 def _plan_folder(config: Config, cohort: Cohort) -> Path:

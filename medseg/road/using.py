@@ -104,7 +104,15 @@ def _explain(
 
     config = bundle.config
     return step.run(
-        config.explain, net, bundle.plan, bundle.labels, scans, split, predictions=out, ingest=config.ingest.for_use()
+        config.explain,
+        net,
+        bundle.plan,
+        bundle.labels,
+        scans,
+        split,
+        predictions=out,
+        ingest=config.ingest.for_use(),
+        lungs=config.lungs,
     )
 
 
