@@ -78,7 +78,7 @@ class LungView:
             found = read_mask(kept, image)
         else:
             return None
-        mask = np.asarray(found) > 0
+        mask = np.asarray(found).astype(np.bool_)
         return LungFields(lung_fields(mask), tuple(check(mask, self.config)))
 
     def show(self, channels: Sequence[Volume], kept: Path | None = None) -> tuple[Volume, ...]:

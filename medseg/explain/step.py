@@ -221,7 +221,7 @@ class _Maker:
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             return None
-        inside = np.asarray(read_mask(path, image)) > 0
+        inside = np.asarray(read_mask(path, image)).astype(np.bool_)
         return prepare([image], self.plan, Volume(inside.astype(np.uint8), image.affine)).label
 
     def _visible(self, case_id: str, channels: Sequence[Volume]) -> Sequence[Volume]:
@@ -229,7 +229,7 @@ class _Maker:
         path = self.predictions / case_id / LUNGS_FILE
         if self.lungs is None:
             return channels
-        fields = LungFields(np.asarray(read_mask(path, channels[0])) > 0) if path.is_file() else None
+        fields = LungFields(np.asarray(read_mask(path, channels[0])).astype(np.bool_)) if path.is_file() else None
         return visible(channels, fields, self.lungs)
 
     def _explain(

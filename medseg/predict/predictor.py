@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -113,7 +114,7 @@ class Predictor:
         trust = judge(watcher.features(self.bundle.labels), self.bundle.evidence)
         flags = (*found, *check_mask(mask, self.bundle.labels), *check_volumes(volumes_ml, self.bundle.evidence))
         if (limits := self.bundle.config.lungs) is not None:
-            flags = (*flags, *check(mask.array > 0, limits))
+            flags = (*flags, *check(mask.array.astype(np.bool_), limits))
         return Prediction(mask, volumes_ml, {}, "", flags, trust)
 
     def segment(self, image: Volume) -> NDArray[Any]:

@@ -63,8 +63,9 @@ def draw_panel(axes: "Axes", scene: Scene, view: View, kind: Kind, window: tuple
 def _draw_outlines(axes: "Axes", scene: Scene, view: View) -> None:
     _draw_lungs(axes, scene, view)
     if scene.label is None:
-        for value in values_of(scene.pred) if scene.pred is not None else ():
-            _outline(axes, view.of(scene.pred) == value, view, class_colour(value), 1.4)
+        if scene.pred is not None:
+            for value in values_of(scene.pred):
+                _outline(axes, view.of(scene.pred) == value, view, class_colour(value), 1.4)
         return
     for value in values_of(scene.label):
         _outline(axes, view.of(scene.label) == value, view, REFERENCE, 2.0)

@@ -70,9 +70,10 @@ def train(
         tags: more tags for the run in MLflow.
 
     Raises:
-        UserError: the config to resume with differs from the run's.
+        UserError: the config to resume with differs from the run's; `lungs.model` names no lung model.
     """
     from medseg.calibrations import add_verdict
+    from medseg.data.lung_view import load_lung_model
     from medseg.folds import as_trained, fold_facts, measure_fold
     from medseg.tracking import track
     from medseg.train import step
@@ -85,6 +86,8 @@ def train(
         _same_config(config, folder)
     else:
         step.check_cohort(config, cohort)
+        if config.lungs is not None and config.lungs.model:
+            load_lung_model(config.lungs.model, workspace, "lungs.model")  # a wrong name is told before there is a run
         facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
         name = f"{config.name}-fold{part['fold']}" if part else config.name
         folder = create_run(workspace, name, run_id, **facts)

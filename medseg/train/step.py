@@ -71,9 +71,15 @@ def run(
     tracker.log_artifact(folder.path / "plan.yaml")
 
     cache = folder.workspace / "cache"
-    task = config.task
-    kinds = {"multi_label": task.multi_label, "label_maps": task.kind == "segmentation"}
-    load = partial(load_examples, cohort, plan=plan, cache=cache, lungs=lungs, **kinds)
+    load = partial(
+        load_examples,
+        cohort,
+        plan=plan,
+        cache=cache,
+        multi_label=config.task.multi_label,
+        label_maps=config.task.kind == "segmentation",
+        lungs=lungs,
+    )
     train_examples = load(cohort.split("train"), what="training cases")
     has_val = any(case.split == "val" for case in cohort.cases)
     val_examples = load(cohort.split("val"), what="validation cases") if has_val else []

@@ -113,7 +113,7 @@ class Subject:
         if array is None:
             return "no lung mask"
         scale = min(1.0, _MASK_SIDE / max(image.array.shape))
-        mask = masks.fit(np.asarray(array) > 0, tuple(max(1, round(n * scale)) for n in image.array.shape))
+        mask = masks.fit(np.asarray(array).astype(np.bool_), tuple(max(1, round(n * scale)) for n in image.array.shape))
         return "implausible lung mask" if any(masks.check(mask, self.limits)) else masks.lung_fields(mask)
 
 
