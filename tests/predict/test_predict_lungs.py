@@ -11,6 +11,7 @@ import pytest
 from tiny_bundle import bundle, classifier, config
 from torch import Tensor, nn
 
+from medseg import audits
 from medseg.bundle import Bundle, load_bundle, with_verdict
 from medseg.cohort import Case, Cohort, write_cohort
 from medseg.config import Config, ExplainChecksConfig, ExplainConfig, ReportConfig, validate_config
@@ -213,3 +214,16 @@ def test_masks_may_be_those_of_the_cohort(cohort: Cohort, tmp_path: Path) -> Non
         Scorer(Recorder(), PLAN, view).score(cohort, cohort.cases[3:])
     (example,) = load_examples(cohort, cohort.cases[:1], PLAN, tmp_path, label_maps=False, lungs=view)
     np.testing.assert_array_equal(Predictor(loaded).prepare(cohort_jobs(cohort, None)[0].read()).image, example.image)
+
+
+def test_an_audit_asks_the_classifiers_own_lung_model(
+    model: Bundle, lung_model: Bundle, cohort: Cohort, tmp_path: Path
+) -> None:
+    find, image = audits._find_lungs("", model.lungs, tmp_path), read_image(cohort.image_paths(cohort.cases[0])[0])
+    assert find is not None
+    np.testing.assert_array_equal(find(cohort.cases[0], image), Predictor(lung_model).segment(image))
+    assert audits._settings(model, []).dilate == 0.03
+    with pytest.raises(UserError, match="by the masks of its cohort"):
+        audits._settings(bundle(tmp_path / "b", lung_seeing(mask="tight"), PLAN), [])
+    with pytest.raises(UserError, match=r"audit\.lungs .* is no segmentation model"):
+        audits._find_lungs(str(model.folder), None, tmp_path)
