@@ -48,7 +48,7 @@ $(READY): requirements.lock pyproject.toml
 		echo "Python's venv module is missing; installing it" >&2; \
 		SUDO=$$(test $$(id -u) = 0 || echo sudo); $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv .venv; } || \
 		{ rm -rf .venv; echo "Install Python's venv module and run make again: sudo apt-get install python3-venv" >&2; exit 2; }
-	@echo "Installing into .venv (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@echo "Installing into .venv (a minute or two the first time) ..." # --no-compile: most modules are never imported
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)

@@ -1,8 +1,8 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
-`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, and
-`bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is pickled, and nothing of it
-is used before its hash is checked.
+`weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, where
+its activation maps were measured `explanation.json`, and `bundle.json` with what the model is and the SHA-256 of every
+other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
 
 A classifier that looks for lung fields carries its lung model in `lungs/`, a bundle of its own that `bundle.json` names
 by hash.
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
-VERDICT = "verdict.json"
+VERDICT, EXPLANATION = "verdict.json", "explanation.json"
 LUNGS = "lungs"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -105,6 +105,13 @@ class Bundle:
     def evidence(self) -> Mapping[str, Any]:
         """What the out-of-fold predictions say, for predicting and for people; empty unless folds were joined."""
         found: Mapping[str, Any] = self.facts.get("evidence") or {}
+        return found
+
+    @property
+    def explanation(self) -> Mapping[str, Any]:
+        """What was measured of the activation maps, with the method and layer chosen; empty where nothing was."""
+        known = EXPLANATION in self.facts["files"]
+        found: Mapping[str, Any] = read_json(self.folder / EXPLANATION) if known else {}
         return found
 
     def identity(self) -> dict[str, str]:
@@ -209,13 +216,39 @@ def with_verdict(
     facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
     if run_id is not None:
         facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
-    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT)]
+    return _rewritten(bundle, folder, facts, config or bundle.config, verdict)
+
+
+def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any]) -> Path:
+    """Write a bundle as it is but for what was measured of its activation maps; `folder` may be its own.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    facts["explained_by"] = {**explanation["chosen"], "n": explanation["n"]}
+    return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict, explanation)
+
+
+def _rewritten(
+    bundle: Bundle,
+    folder: Path,
+    facts: dict[str, Any],
+    config: Config,
+    verdict: Verdict | None,
+    explanation: Mapping[str, Any] | None = None,
+) -> Path:
+    """Weights, plan and attached files of a bundle with other facts about them."""
+    new = (*_FILES, VERDICT, *([EXPLANATION] if explanation is not None else []))
+    kept = [name for name in bundle.facts["files"] if name not in new]
     with _new_folder(folder) as part:
         for name in kept:
             shutil.copyfile(bundle.folder / name, part / name)
         if bundle.lungs is not None:
             shutil.copytree(bundle.lungs.folder, part / LUNGS)
-        _write_about(part, facts, config or bundle.config, bundle.plan, verdict, kept)
+        if explanation is not None:
+            kept.append(write_json(part / EXPLANATION, explanation).name)
+        _write_about(part, facts, config, bundle.plan, verdict, kept)
     return folder
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from medseg.files import UserError, read_json, read_rows, sha256_file, write_json, write_rows
+from medseg.label_sets import read_set
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -57,6 +58,8 @@ class Case:
         label: path of the integer label map on the grid of the images; empty when there is none.
         target: class name for classification, or the labels that are present, as `label_sets` writes them; empty when
             unknown.
+        annotated: the structures of which the label map says where they are and where not, as `label_sets` writes them;
+            empty when of all. Of any other it says nothing: its voxels lie in the background.
         shape, spacing_mm, orientation: the grid as stored; orientation is empty for radiographs.
         source_kind: dicom, nifti or png. source_sha256: hash of the source bytes.
         findings: quality findings.
@@ -78,6 +81,7 @@ class Case:
     source_sha256: str = ""
     findings: tuple[Finding, ...] = ()
     exam: str = ""
+    annotated: str = ""
 
     def to_row(self) -> dict[str, str]:
         """The case as one row of text cells."""
@@ -92,7 +96,7 @@ class Case:
     def from_row(cls, row: Mapping[str, str]) -> "Case":
         """Rebuild a case from `to_row`. Raises UserError naming the column that does not fit."""
         known = {f.name for f in fields(cls)}
-        row = {"exam": "", **row}  # cohorts of before have no such column
+        row = {"exam": "", "annotated": "", **row}  # cohorts of before have no such columns
         if missing := known - set(row):
             raise UserError(f"cohort.csv lacks column {sorted(missing)[0]!r}; ingest the cohort again.")
         try:
@@ -144,6 +148,22 @@ class Cohort:
     def label_path(self, case: Case) -> Path | None:
         """Absolute path of a case's label map, or None."""
         return self.folder / case.label if case.label else None
+
+    def annotated(self, case: Case) -> frozenset[int]:
+        """The values of the structures of which a case's label map tells; see `Case.annotated`.
+
+        Raises:
+            UserError: `cohort.csv` names a structure that the cohort does not have.
+        """
+        names = read_set(case.annotated) if case.annotated else self.label_names
+        try:
+            return frozenset(self.label_names[name] for name in names)
+        except KeyError as error:
+            known = ", ".join(self.label_names)
+            raise UserError(
+                f"cohort.csv, case {case.case_id!r}: annotated names {error.args[0]!r}, which is none of {known}; "
+                "ingest the cohort again."
+            ) from error
 
 
 def write_cohort(cohort: Cohort, rejects: Sequence[Reject], provenance: Mapping[str, object]) -> Cohort:

@@ -136,25 +136,36 @@ def compare(expected: ArrayLike, reached: ArrayLike, bins: int = 5) -> dict[str,
     }
 
 
-def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+def fit_temperature(logits: ArrayLike, labels: ArrayLike, annotated: ArrayLike | None = None) -> float:
     """The divisor of the logits, 0.05 to 20, that minimises the negative log-likelihood (Guo et al. 2017).
 
     Args:
         logits: (n, classes). labels: (n,) class of each.
+        annotated: (n, classes) whether the label tells of the class, background first; by default of all. The
+            probabilities of the others count as background.
     """
     z, y = np.asarray(logits, float), np.asarray(labels, int)
 
     def loss(log_temperature: float) -> float:
-        scaled = z / math.exp(log_temperature)
+        scaled = _marginal(z / math.exp(log_temperature), annotated)
         return float((np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(y)), y]).mean())
 
     bounds = (math.log(0.05), math.log(20.0))
     return math.exp(float(optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
-def calibration_error(logits: ArrayLike, labels: ArrayLike, temperature: float = 1.0, bins: int = 15) -> float:
-    """Expected calibration error of the called class, 0 to 1, in bins of equal width (Guo et al. 2017, equation 3)."""
-    z, y = np.asarray(logits, float) / temperature, np.asarray(labels, int)
+def calibration_error(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    temperature: float = 1.0,
+    bins: int = 15,
+    annotated: ArrayLike | None = None,
+) -> float:
+    """Expected calibration error of the called class, 0 to 1, in bins of equal width (Guo et al. 2017, equation 3).
+
+    Other arguments as in `fit_temperature`.
+    """
+    z, y = _marginal(np.asarray(logits, float) / temperature, annotated), np.asarray(labels, int)
     probs = np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True))
     sure, right = probs.max(axis=1), probs.argmax(axis=1) == y
     place = np.minimum((sure * bins).astype(int), bins - 1)
@@ -163,6 +174,17 @@ def calibration_error(logits: ArrayLike, labels: ArrayLike, temperature: float =
         here = place == one
         total += abs(float(sure[here].mean() - right[here].mean())) * float(here.mean())
     return total
+
+
+def _marginal(logits: Array, annotated: ArrayLike | None) -> Array:
+    """Logits (n, classes) with the probabilities of the classes not annotated added to the background."""
+    if annotated is None:
+        return logits
+    known = np.asarray(annotated, bool)
+    merged = ~known
+    merged[:, 0] = True
+    background = np.logaddexp.reduce(np.where(merged, logits, -np.inf), axis=1, keepdims=True)
+    return np.concatenate([background, np.where(known, logits, -np.inf)[:, 1:]], axis=1)
 
 
 def _curve(coefficients: Array, x: Array) -> Array:

@@ -137,7 +137,7 @@ def collect_evidence(folds: Sequence[Fold]) -> tuple[dict[str, Any], dict[str, s
     evidence["cross_validation"] = cross_validation.total(outcomes, config.task.labels, config.task.measured_as)
     if config.task.kind == "segmentation":
         pairs = [
-            earned.Pair(outcome.case.patient_id, outcome.pred, Path(outcome.case.label))
+            earned.Pair(outcome.case.patient_id, outcome.pred, Path(outcome.case.label), outcome.not_annotated)
             for fold in folds
             for outcome in fold.outcomes
             if outcome.measured and outcome.pred is not None

@@ -36,6 +36,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             "",
             f"Trained on {cases} cases of the cohort with SHA-256 `{facts['cohort_sha256']}`, on "
             f"{f'a grid of {grid}' if grid else 'their own grids'} (normalisation: {plan.normalise}).",
+            *_partly_annotated(plan),
             simulated if config.ingest.simulated else "",
             "## Figures",
             "",
@@ -51,12 +52,23 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
             "",
             *(_verdict_lines(verdict) if verdict else ()),
+            *_explanation_lines(facts.get("explained_by") or {}),
             "## Origin",
             "",
             f"Run `{facts['run_id']}`, seed {config.seed}, medseg {facts['version']}.",
             "",
         ]
     )
+
+
+def _partly_annotated(plan: Plan) -> Iterator[str]:
+    """Which structures the labels of some training cases do not tell of."""
+    cases, classes = plan.fingerprint.get("read_cases", 0), plan.fingerprint.get("classes", {})
+    few = [
+        f"{name} in {found['annotated']}" for name, found in classes.items() if found.get("annotated", cases) < cases
+    ]
+    if few:
+        yield f"Some have not all structures contoured; of {cases} cases looked at: {', '.join(few)}."
 
 
 def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -106,6 +118,19 @@ def _verdict_lines(verdict: Verdict) -> list[str]:
         f"Referral rate and predictive values are for a prevalence of {point.get('prevalence')}.",
         "",
         *(["| figure | value | 95 % interval |", "|---|---|---|", *rows, ""] if rows else []),
+    ]
+
+
+def _explanation_lines(chosen: Mapping[str, Any]) -> list[str]:
+    """The section about activation maps, where they were measured."""
+    if not chosen:
+        return []
+    return [
+        "## Explanations",
+        "",
+        f"Activation maps are made by `{chosen['method']}` at the layer `{chosen['layer']}`, which did best on "
+        f"{chosen['n']} validation cases; `explanation.json` has the figures of all that were compared.",
+        "",
     ]
 
 

@@ -1,12 +1,11 @@
 """The MLflow and the Prefect server on this machine, started together and stopped together.
 
 Both listen on the loopback address only and keep everything under the workspace. They run as child processes, so
-that neither library is imported here. Each stands behind a guard (this module run as a script) that reads from a
-pipe: when the pipe closes, for whatever reason, the guard ends its server. So even `kill -9` leaves no orphan.
+that neither library is imported here. Each stands behind a guard (`medseg.guard`), so that even `kill -9` leaves no
+orphan.
 """
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -19,14 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from medseg.files import UserError
+from medseg.guard import GRACE_S, living
 from medseg.result import Result
 
 HOST = "127.0.0.1"
 _START_S = 180.0  # the first start creates both databases, which a loaded machine does slowly
-_GRACE_S = 10.0  # between asking a server to end and killing it
 _TAIL_LINES = 15
 
 
@@ -173,7 +170,7 @@ def _start(
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_"))}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "medseg.services", str(workspace), sys.executable, "-m", *command],
+            [sys.executable, "-m", "medseg.guard", str(workspace), sys.executable, "-m", *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -214,15 +211,15 @@ def _stop(servers: Sequence[_Server]) -> None:
             server.process.stdin.close()
     for server in servers:
         try:
-            code = server.process.wait(_GRACE_S + 5.0)
+            code = server.process.wait(GRACE_S + 5.0)
         except subprocess.TimeoutExpired:
             code = -signal.SIGKILL
         if code < 0:  # the guard could not clean up: its group may live on
             with suppress(ProcessLookupError):
                 os.killpg(server.process.pid, signal.SIGKILL)
             server.process.wait()
-            deadline = time.monotonic() + _GRACE_S
-            while _living(server.process.pid) and time.monotonic() < deadline:  # a signal is sent before it is obeyed
+            deadline = time.monotonic() + GRACE_S
+            while living(server.process.pid) and time.monotonic() < deadline:  # a signal is sent before it is obeyed
                 time.sleep(0.05)
 
 
@@ -296,41 +293,3 @@ def _manner(code: int) -> str:
         return f"was killed by {signal.Signals(number).name}"
     except ValueError:
         return f"stopped with exit code {code}"
-
-
-def _guard(folder: str, command: Sequence[str]) -> int:
-    """Run `command` in `folder` until it ends or standard input closes; leave no process of the group behind."""
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: None)  # the group's SIGTERM is for the server
-    server = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL)
-    while server.poll() is None:
-        readable, _, _ = select.select([0], [], [], 0.2)
-        if readable and not os.read(0, 1024):
-            break
-    deadline = time.monotonic() + _GRACE_S
-    os.killpg(0, signal.SIGTERM)
-    while server.poll() is None or _companions():
-        if time.monotonic() > deadline:
-            for pid in _companions():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-    return server.returncode if server.returncode >= 0 else 128 - server.returncode
-
-
-def _companions() -> list[int]:
-    """The other living processes of this process group."""
-    return [pid for pid in _living(os.getpgrp()) if pid != os.getpid()]
-
-
-def _living(group: int) -> list[int]:
-    """The processes of a process group, without zombies that nobody has reaped yet."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(ProcessLookupError, psutil.Error):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
-
-
-if __name__ == "__main__":
-    sys.exit(_guard(sys.argv[1], sys.argv[2:]))

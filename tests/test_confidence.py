@@ -111,6 +111,24 @@ def test_the_temperature_that_spoiled_probabilities_is_found() -> None:
     assert calibration_error(3.0 * right, labels, 3.0) < 0.02
 
 
+def test_what_is_not_annotated_counts_as_background_when_a_temperature_is_fitted() -> None:
+    """Class 2 is not annotated in half of the voxels and stands as background there: merged probabilities are as true
+    as they were, while taking those labels at their word finds another temperature."""
+    rng = np.random.default_rng(9)
+    right = rng.normal(0, 2, (20000, 3))
+    probs = np.exp(right - np.logaddexp.reduce(right, axis=1, keepdims=True))
+    labels = (probs.cumsum(1) > rng.random((20000, 1))).argmax(1)
+    annotated = np.ones((20000, 3), bool)
+    annotated[::2, 2] = False
+    told = np.where(~annotated[:, 2] & (labels == 2), 0, labels)
+    assert fit_temperature(3.0 * right, told, annotated) == pytest.approx(3.0, rel=0.05)
+    assert fit_temperature(3.0 * right, told) > 4
+    assert calibration_error(3.0 * right, told, 3.0, annotated=annotated) < 0.02
+    assert calibration_error(3.0 * right, told, 3.0) > 0.05
+    whole = np.ones((20000, 3), bool)
+    assert fit_temperature(3.0 * right, labels, whole) == fit_temperature(3.0 * right, labels)
+
+
 def test_calibration_error_by_hand() -> None:
     """Four voxels called with 0.8, of which two are right; one called with 0.6, wrong."""
     strong, weak = math.log(4), math.log(1.5)

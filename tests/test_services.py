@@ -16,6 +16,7 @@ import pytest
 
 from medseg import services
 from medseg.files import UserError
+from medseg.guard import living
 from medseg.services import HOST, Services, running_services, up
 
 
@@ -35,7 +36,7 @@ def get(url: str, body: object = None) -> object:
 
 
 def group_is_gone(leader: int) -> bool:
-    return not services._living(leader)
+    return not living(leader)
 
 
 def port_is_free(url: str) -> bool:
@@ -69,7 +70,7 @@ def test_pair_serves_from_the_workspace_and_a_killed_server_is_noticed(tmp_path:
     with running_services(workspace) as running:
         assert running.failure() is None
         check_both_serve(running, workspace)
-        mlflow = next(pid for pid in services._living(running.pids["mlflow"]) if pid != running.pids["mlflow"])
+        mlflow = next(pid for pid in living(running.pids["mlflow"]) if pid != running.pids["mlflow"])
         os.kill(mlflow, signal.SIGKILL)
         assert wait_until(lambda: running.failure() is not None, 60)
         cause = str(running.failure())
@@ -206,7 +207,7 @@ def test_settings_of_remote_servers_do_not_reach_the_local_ones(
 
 def guard(command: str, folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "medseg.services", str(folder), sys.executable, "-c", textwrap.dedent(command)],
+        [sys.executable, "-m", "medseg.guard", str(folder), sys.executable, "-c", textwrap.dedent(command)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

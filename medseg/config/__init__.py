@@ -5,11 +5,13 @@ YAML is data only: at most one `extends:` (a sibling file, or a name in configs/
 """
 
 from medseg.config.classifiers import (
+    BackboneConfig,
     DenseNetConfig,
     InceptionConfig,
     MobileNetConfig,
     ResNetConfig,
     SqueezeNetConfig,
+    TwoStageConfig,
     VGGConfig,
 )
 from medseg.config.fields import Strict
@@ -36,6 +38,7 @@ from medseg.config.results import (
     MethodConfig,
     MethodName,
     PredictConfig,
+    RankConfig,
     ReportConfig,
     SegmentConfig,
     TrackingConfig,
@@ -57,6 +60,7 @@ __all__ = [
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
+    "BackboneConfig",
     "BinaryCrossEntropyConfig",
     "CodeConfig",
     "Config",
@@ -80,6 +84,7 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "RankConfig",
     "ReportConfig",
     "ResNetConfig",
     "ReversibleUNetConfig",
@@ -93,6 +98,7 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TwoStageConfig",
     "UNetConfig",
     "UNetPPConfig",
     "VGGConfig",

@@ -1,10 +1,10 @@
 """One class of settings per classifier of `medseg.models.MODELS`."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 
-from medseg.config.fields import Count, Positive, Share
+from medseg.config.fields import Count, NotNegative, Positive, Share
 from medseg.config.network import NetworkConfig
 
 
@@ -117,3 +117,56 @@ class MobileNetConfig(FlatClassifierConfig):
     name: Literal["mobilenet_v2"] = "mobilenet_v2"
     width: Positive = 1.0
     dropout: Share = 0.2
+
+
+BackboneConfig = Annotated[
+    DenseNetConfig | ResNetConfig | VGGConfig | InceptionConfig | SqueezeNetConfig | MobileNetConfig,
+    Field(discriminator="name"),
+]
+
+
+class TwoStageConfig(ClassifierConfig):
+    """Features of several networks, an autoencoder, a small classifier, in the manner of Kayan et al. (2023).
+
+    Every backbone sees the four quadrants of a radiograph and the whole of it at their size; `frozen` ones keep the
+    weights that they must then name. `hidden` and `code` are the widths of the autoencoder, `classifier` those of the
+    hidden layers behind its code (none: a single-layer perceptron). `reconstruction_weight` is that of the
+    autoencoder's own loss beside the classifier's.
+    """
+
+    dims: ClassVar[tuple[int, ...]] = (2,)
+    published_px: ClassVar[int] = 448
+
+    name: Literal["two_stage"] = "two_stage"
+    backbones: Annotated[tuple[BackboneConfig, ...], Field(min_length=1)] = (DenseNetConfig(), ResNetConfig(depth=18))
+    frozen: bool = False
+    hidden: Count = 512
+    code: Count = 64
+    classifier: tuple[Count, ...] = (32,)
+    dropout: Share = 0.2
+    reconstruction_weight: NotNegative = 1.0
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> "TwoStageConfig":
+        bare = [number for number, backbone in enumerate(self.backbones) if backbone.weights is None]
+        if self.frozen and self.weights is None and bare:
+            raise ValueError(
+                f"frozen backbones stay as they begin, and backbones.{bare[0]} begins with random weights; name its "
+                "weights, or leave out frozen"
+            )
+        return self
+
+    @property
+    def parts(self) -> dict[str, NetworkConfig]:
+        return {"": self, **{f"backbones.{n}": backbone for n, backbone in enumerate(self.backbones)}}
+
+    @property
+    def size_reason(self) -> str:
+        return "at which each quadrant has the 224 px of most backbones"
+
+    @property
+    def smallest_size(self) -> int:
+        return 2 * max(backbone.smallest_size for backbone in self.backbones)
+
+    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
+        return (2,) * spatial_dims

@@ -12,6 +12,7 @@ from medseg.config.classifiers import (
     MobileNetConfig,
     ResNetConfig,
     SqueezeNetConfig,
+    TwoStageConfig,
     VGGConfig,
 )
 from medseg.config.fields import Count, Share
@@ -231,7 +232,8 @@ ModelConfig = Annotated[
     | VGGConfig
     | InceptionConfig
     | SqueezeNetConfig
-    | MobileNetConfig,
+    | MobileNetConfig
+    | TwoStageConfig,
     Field(discriminator="name"),
 ]
 

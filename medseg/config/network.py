@@ -37,6 +37,16 @@ class NetworkConfig(Strict):
         return str(getattr(self, "name", ""))
 
     @property
+    def parts(self) -> "dict[str, NetworkConfig]":
+        """What can start from weights of its own, by the module's dotted name: the whole, and networks inside it."""
+        return {"": self}
+
+    @property
+    def size_reason(self) -> str:
+        """Why radiographs have `published_px` where nothing else is set."""
+        return f"the size at which {self.variant} was published"
+
+    @property
     def smallest_size(self) -> int:
         """Fewest positions per axis that leave something to pool."""
         return 1

@@ -1,5 +1,6 @@
 """Inference, explanation, export, report and tracking."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -74,8 +75,23 @@ class ExplainChecksConfig(Strict):
     seed: int = 0
 
 
+class RankConfig(Strict):
+    """What is compared, when a classifier has been trained, to find out which maps explain it best.
+
+    `cases` of the validation split, dealt evenly over classes and sites, are explained by each of `methods` at the
+    layers that end the `stages` coarsest resolutions; 0 cases compare nothing.
+    """
+
+    cases: Annotated[int, Field(ge=0)] = 6
+    methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = ("gradcam", "hirescam", "layercam", "fullgrad")
+    stages: Count = 2
+
+
 class ExplainConfig(Strict):
     """Activation maps: method, layer (`bottleneck`, `last` or a module's dotted name) and for how many cases.
+
+    `auto` is what measured best by `rank` and stands in the bundle; without such a figure it is `gradcam` at `layer`.
+    With another layer than `last` the methods are compared at that one alone.
 
     `cases` says which: the `first` by id, a `random` choice (the same for the same seed of the checks), or for
     classifiers the most `doubtful` (lowest probability of the predicted class, or of the least certain answer about a
@@ -83,14 +99,21 @@ class ExplainConfig(Strict):
     check is shown with the failure named, or withheld (not written).
     """
 
-    method: MethodName = "gradcam"
+    method: Literal["auto"] | MethodName = "auto"
     layer: str = "last"
+    rank: RankConfig = RankConfig()
     target: str | None = None
     max_cases: Annotated[int, Field(ge=0)] = 20
     cases: Literal["first", "random", "doubtful"] = "first"
     methods: MethodConfig = MethodConfig()
     checks: ExplainChecksConfig = ExplainChecksConfig()
     on_failure: Literal["show", "withhold"] = "show"
+
+    def settled(self, chosen: Mapping[str, str] | None) -> "ExplainConfig":
+        """With a method in the place of `auto`: that of `chosen` (`method` and `layer`), where something was."""
+        if self.method != "auto":
+            return self
+        return self.model_copy(update=dict(chosen) if chosen else {"method": "gradcam"})
 
 
 class ReportConfig(Strict):
@@ -119,7 +142,9 @@ class SegmentConfig(Strict):
 
 
 class ExportConfig(Strict):
-    """Results as DICOM, for scans that came as DICOM. `segments` gives codes to labels.
+    """Results as DICOM, for scans that came as DICOM.
+
+    `segments` gives codes to labels; of a classifier, the `type` of the class to refer names its verdict.
 
     `segmentation`: `binary` has one frame per label and slice, and every viewer reads it; `labelmap` has one per
     slice, which is far smaller with many labels, but only recent viewers read it.

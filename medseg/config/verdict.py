@@ -30,7 +30,7 @@ class VerdictConfig(Strict):
     min_cases: Annotated[int, Field(ge=4)] = 20
     min_per_class: Annotated[int, Field(ge=2)] = 5
     withhold: tuple[FindingCode | LungCode, ...] = (
-        "not_frontal_chest", "few_pixels", "few_levels", *get_args(LungCode),
+        "not_frontal_chest", "no_chest", "few_pixels", "few_levels", *get_args(LungCode),
     )  # fmt: skip
 
 

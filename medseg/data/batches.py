@@ -29,11 +29,13 @@ class ItemParameters:
 @dataclass(frozen=True)
 class Batch:
     """image_BCDHW float32; label_B1DHW (segmentation), target_B (classification) or target_BK (labels that are
-    not exclusive)."""
+    not exclusive); annotated_BK bool, of which classes each label tells, background first, or None: all tell of all.
+    """
 
     image: Tensor
     target: Tensor
     parameters: tuple[ItemParameters, ...]
+    annotated: Tensor | None = None
 
 
 class BatchSource:
@@ -88,7 +90,7 @@ class BatchSource:
         image, label = augment(image, label, [item.augment for item in parameters])
         if label is None:
             label = torch.tensor([self.examples[item.index].target for item in parameters])
-        return Batch(image, label, parameters)
+        return Batch(image, label, parameters, annotated_classes([self.examples[item.index] for item in parameters]))
 
     def stream(self, first_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of steps first..stop-1, made one ahead in a thread while the caller computes."""
@@ -117,6 +119,14 @@ class BatchSource:
         else:
             centre = np.array([rng.integers(n) for n in shape])
         return tuple(_clamp(int(c), n, p) for c, n, p in zip(centre, shape, self.patch_size, strict=True))
+
+
+def annotated_classes(examples: Sequence[Example]) -> Tensor | None:
+    """(B, K) bool, of which classes the label of each example tells, background first; None when all tell of all."""
+    classes = max(len(example.annotated) for example in examples)
+    if not classes:
+        return None
+    return torch.tensor([example.annotated or (True,) * classes for example in examples])
 
 
 def crop(array: NDArray[np.generic], centre: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:

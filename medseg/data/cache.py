@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from medseg.progress import progress
 from medseg.volume import Volume
 
 _POINTS_PER_CLASS = 5000
+_ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
 _GRID_FIELDS = (
     "spacing_mm",
     "size_px",
@@ -45,6 +47,7 @@ class Example:
         points: per label value 1, 2, …: (n, space) int32 voxel indices of that label, at most 5000, evenly spread.
         target: class index, or for each label in the order of its value whether it is present (1) or not (0); -1 for
             segmentation.
+        annotated: of each class, background first, whether the label tells of it; empty when of all.
     """
 
     case: Case
@@ -52,6 +55,7 @@ class Example:
     label: NDArray[np.integer] | None
     points: tuple[NDArray[np.int32], ...]
     target: int | tuple[int, ...]
+    annotated: tuple[bool, ...] = ()
 
 
 def load_examples(
@@ -109,12 +113,16 @@ def _load(
         if prepared.label is not None:
             _save(label_path, prepared.label)
         _save(image_path, prepared.image)
-    image = np.load(image_path, mmap_mode="r", allow_pickle=False)
-    label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
-    points = () if label is None else _points(np.asarray(label), max(cohort.label_names.values(), default=0))
+    with _ONE_HEADER:
+        image = np.load(image_path, mmap_mode="r", allow_pickle=False)
+        label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
+    classes = max(cohort.label_names.values(), default=0)
+    points = () if label is None else _points(np.asarray(label), classes)
     if label is not None:
         release(label)
-    return Example(case, image, label, points, _target(cohort, case, multi_label))
+    known = cohort.annotated(case) if case.annotated else ()
+    annotated = tuple(value == 0 or value in known for value in range(classes + 1)) if known else ()
+    return Example(case, image, label, points, _target(cohort, case, multi_label), annotated)
 
 
 def _target(cohort: Cohort, case: Case, multi_label: bool) -> int | tuple[int, ...]:

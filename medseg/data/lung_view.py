@@ -32,6 +32,10 @@ class LungFields:
     mask: Mask
     findings: tuple[Finding, ...] = ()
 
+    def volume(self, image: Volume) -> Volume:
+        """The mask, 0 or 1, as a label map of its image."""
+        return Volume(self.mask.astype(np.uint8), image.affine)
+
 
 @dataclass(frozen=True)
 class LungView:

@@ -13,8 +13,8 @@ from medseg.cohort import Case
 from medseg.evaluate.calibration import brier, ece, nll, reliability
 from medseg.evaluate.outcomes import Outcome, read_result, reason_of
 from medseg.files import UserError
-from medseg.metrics import confusion, roc_auc, roc_curve
-from medseg.statistics import Estimate, bootstrap, proportion
+from medseg.metrics import confusion, roc_curve
+from medseg.statistics import Estimate, aucs, bootstrap, bootstrap_auc, bootstrap_rows, proportion
 
 Array = NDArray[np.float64]
 Point = tuple[str, float]  # that class is called when its probability reaches the threshold
@@ -41,13 +41,15 @@ def total(
 ) -> dict[str, object]:
     """AUC, accuracy, sensitivity and specificity with 95 % intervals, the confusion matrix, and the same by site.
 
-    With two classes that of the operating point is the positive one, precision and F1 are of it, `roc` holds the
-    curve, and `calibration` says how far the probabilities are from the shares that they promise. With more, AUC,
-    sensitivity and specificity are means over the classes, each against the rest; `per_class` lists the AUC of each.
+    With two classes the figures are those of the positive one, that of the operating point. With more, AUC, sensitivity
+    and specificity are means over the classes, and `per_class` has the figures of each against the rest. Of the class
+    of the operating point, where there is one, `roc` holds the curve, and `calibration` says how far its probabilities
+    are from the shares that they promise.
     """
     names = sorted(labels, key=lambda name: labels[name])
     used = _point(names, point)
-    positive = names.index(used[0]) if used and len(names) == 2 else None
+    marked = names.index(used[0]) if used else None
+    positive = marked if len(names) == 2 else None
     measured = [outcome for outcome in outcomes if outcome.measured]
     figures = _figures(measured, names, positive, seed)
     sites = {}
@@ -57,11 +59,16 @@ def total(
     more: dict[str, object] = {"classes": names, "threshold": used[1] if used else None}
     more["confusion"] = confusion(truth, called, len(names))
     more["positive"] = used[0] if used else None
-    if positive is not None:
-        more["roc"] = _roc(truth == positive, probs[:, positive])
-        more["calibration"] = _calibration(truth == positive, probs[:, positive], measured, seed)
-    else:
-        more["per_class"] = {name: {"auc": _auc_or_nan(truth == k, probs[:, k])} for k, name in enumerate(names)}
+    if marked is not None:
+        more["roc"] = _roc(truth == marked, probs[:, marked])
+        more["calibration"] = _calibration(truth == marked, probs[:, marked], measured, seed)
+    if positive is None:
+        patients = [outcome.case.patient_id for outcome in measured]
+        more["per_class"] = {
+            name: {"n": int((truth == k).sum())}
+            | _against_the_rest(truth == k, called == k, probs[:, k], patients, seed)
+            for k, name in enumerate(names)
+        }
     return {**more, **figures, "sites": sites}
 
 
@@ -111,27 +118,33 @@ def _arrays(outcomes: Sequence[Outcome], names: Sequence[str]) -> tuple[NDArray[
 def _figures(outcomes: Sequence[Outcome], names: Sequence[str], positive: int | None, seed: int) -> dict[str, object]:
     truth, probs, called = _arrays(outcomes, names)
     patients = [outcome.case.patient_id for outcome in outcomes]
+    accuracy = asdict(proportion(called == truth, patients, seed=seed))
     if positive is not None:
-        sensitivity = _share(called == positive, truth == positive, patients, seed)
-        specificity = _share(called != positive, truth != positive, patients, seed)
-        auc = bootstrap(lambda w: roc_auc(truth == positive, probs[:, positive], w), patients, seed=seed)
-    else:
-        present = sorted(set(truth.tolist()))
-        sensitivity = bootstrap(lambda w: _mean_share(called, truth, w, present, True), patients, seed=seed)
-        specificity = bootstrap(lambda w: _mean_share(called, truth, w, present, False), patients, seed=seed)
-        auc = bootstrap(lambda w: _mean_auc(truth, probs, w, present), patients, seed=seed)
-    figures: dict[str, object] = {
+        found = _against_the_rest(truth == positive, called == positive, probs[:, positive], patients, seed)
+        return {"n": len(outcomes), "auc": found["auc"], "accuracy": accuracy, **found}
+    present = sorted(set(truth.tolist()))
+    return {
         "n": len(outcomes),
-        "auc": asdict(auc),
-        "accuracy": asdict(proportion(called == truth, patients, seed=seed)),
-        "sensitivity": asdict(sensitivity),
-        "specificity": asdict(specificity),
+        "auc": asdict(bootstrap_rows(partial(_mean_auc, truth, probs, present), patients, seed=seed)),
+        "accuracy": accuracy,
+        **{
+            name: asdict(bootstrap(partial(_mean_share, called, truth, present, of_class), patients, seed=seed))
+            for name, of_class in (("sensitivity", True), ("specificity", False))
+        },
     }
-    if positive is not None:
-        ones, picked = truth == positive, called == positive
-        figures["precision"] = asdict(_share(ones, picked, patients, seed))
-        figures["f1"] = asdict(bootstrap(lambda w: _f1(ones, picked, w), patients, seed=seed))
-    return figures
+
+
+def _against_the_rest(
+    ones: NDArray[np.bool_], picked: NDArray[np.bool_], score: Array, patients: Sequence[str], seed: int
+) -> dict[str, object]:
+    """Figures of one class (`ones` are of it, `picked` called so) against all others."""
+    return {
+        "auc": asdict(bootstrap_auc(ones, score, patients, seed=seed)),
+        "sensitivity": asdict(_share(picked, ones, patients, seed)),
+        "specificity": asdict(_share(~picked, ~ones, patients, seed)),
+        "precision": asdict(_share(ones, picked, patients, seed)),
+        "f1": asdict(bootstrap(lambda w: _f1(ones, picked, w), patients, seed=seed)),
+    }
 
 
 def _f1(ones: NDArray[np.bool_], picked: NDArray[np.bool_], weights: Array) -> float:
@@ -158,7 +171,7 @@ def _share(hits: NDArray[np.bool_], among: NDArray[np.bool_], patients: Sequence
 
 
 def _mean_share(
-    called: NDArray[np.int64], truth: NDArray[np.int64], weights: Array, present: Sequence[int], of_class: bool
+    called: NDArray[np.int64], truth: NDArray[np.int64], present: Sequence[int], of_class: bool, weights: Array
 ) -> float:
     """Mean over classes of the sensitivity (`of_class`) or the specificity of each against the rest."""
     shares = []
@@ -170,13 +183,10 @@ def _mean_share(
     return float(np.mean(shares)) if shares else math.nan
 
 
-def _mean_auc(truth: NDArray[np.int64], probs: Array, weights: Array, present: Sequence[int]) -> float:
-    areas = [roc_auc(truth == k, probs[:, k], weights) for k in present]
-    return float(np.mean(areas)) if areas else math.nan
-
-
-def _auc_or_nan(truth: NDArray[np.bool_], score: Array) -> float:
-    return roc_auc(truth, score) if 0 < int(truth.sum()) < len(truth) else math.nan
+def _mean_auc(truth: NDArray[np.int64], probs: Array, present: Sequence[int], weights: Array) -> Array:
+    """(draws,) mean over classes for each row of weights (draws, n)."""
+    areas = [aucs(truth == k, probs[:, k], weights) for k in present]
+    return np.mean(areas, axis=0) if areas else np.full(len(weights), math.nan)
 
 
 def _roc(truth: NDArray[np.bool_], score: Array) -> dict[str, object] | None:

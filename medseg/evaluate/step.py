@@ -116,6 +116,8 @@ def _headline(figures: Mapping[str, Any]) -> dict[str, object]:
         names = ("auc", "accuracy", "sensitivity", "specificity", "precision", "f1")
         flat = {name: figures[name]["value"] for name in names if name in figures}
         flat |= {f"auc_{label}": found["auc"]["value"] for label, found in figures.get("per_label", {}).items()}
+        for label, found in figures.get("per_class", {}).items():
+            flat |= {f"{name}_{label}": found[name]["value"] for name in ("auc", "sensitivity", "specificity")}
     else:
         flat = {"mean_dice": figures["mean_dice"]}
         for label, found in figures["classes"].items():

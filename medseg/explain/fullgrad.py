@@ -66,13 +66,14 @@ def explain_by_fullgrad(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: st
     """sum_c |dS/dx_c * x_c| + sum over biases and channels of up(|dS/d(out) * b|); the layer plays no part.
 
     Parts are not rescaled before they are summed, so that each counts as much as it adds to the score. The biases of
-    layers without spatial output have no place in the image and are left out.
+    layers without spatial output have no place in the image and are left out, and so are those of layers that ran on
+    cut-outs of it, whose batch is not the image's.
     """
     parts = full_gradients(net, x_BCDHW, score)
     space = tuple(x_BCDHW.shape[2:])
     total = parts.input_BCDHW.abs().sum(1, keepdim=True)
     for part in parts.biases:
-        if part.ndim == x_BCDHW.ndim:
+        if part.ndim == x_BCDHW.ndim and len(part) == len(x_BCDHW):
             total = total + enlarged(part.abs().sum(1, keepdim=True), space)
     return total[:, 0]
 

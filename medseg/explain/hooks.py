@@ -99,6 +99,27 @@ def logits_and_layer(net: nn.Module, x_BCDHW: Tensor, layer: str) -> tuple[Tenso
     if layer not in ("last", "bottleneck"):
         with torch.no_grad():
             return first_output(net(x_BCDHW)), layer
+    logits, spatial = _spatial_runs(net, x_BCDHW)
+    if not spatial:
+        raise UserError(f"explain.layer {layer!r}: no module of the network has a spatial output; name one by hand.")
+    if layer == "last":
+        return logits, spatial[-1][0]
+    smallest = min(math.prod(shape[2:]) for _, shape in spatial)
+    return logits, [name for name, shape in spatial if math.prod(shape[2:]) == smallest][-1]
+
+
+def stage_layers(net: nn.Module, x_BCDHW: Tensor, count: int) -> list[str]:
+    """From `last` backwards, the module that ends each of the `count` coarsest resolutions; fewer where there are."""
+    found: dict[int, str] = {}
+    for name, shape in reversed(_spatial_runs(net, x_BCDHW)[1]):
+        positions = math.prod(shape[2:])
+        if len(found) < count and positions > max(found, default=1) and shape[0] == len(x_BCDHW):
+            found[positions] = name
+    return list(found.values())
+
+
+def _spatial_runs(net: nn.Module, x_BCDHW: Tensor) -> tuple[Tensor, list[tuple[str, tuple[int, ...]]]]:
+    """Logits, and the modules with spatial output before the head, in the order in which they ran, with its shape."""
     runs: list[tuple[str, tuple[int, ...]]] = []
     handles = [module.register_forward_hook(_recorder(name, runs)) for name, module in net.named_modules() if name]
     try:
@@ -111,12 +132,7 @@ def logits_and_layer(net: nn.Module, x_BCDHW: Tensor, layer: str) -> tuple[Tenso
     if logits.ndim == x_BCDHW.ndim:
         while spatial and spatial[-1][1][1:] == tuple(logits.shape[1:]):
             spatial.pop()
-    if not spatial:
-        raise UserError(f"explain.layer {layer!r}: no module of the network has a spatial output; name one by hand.")
-    if layer == "last":
-        return logits, spatial[-1][0]
-    smallest = min(math.prod(shape[2:]) for _, shape in spatial)
-    return logits, [name for name, shape in spatial if math.prod(shape[2:]) == smallest][-1]
+    return logits, spatial
 
 
 def _recorder(name: str, runs: list[tuple[str, tuple[int, ...]]]) -> Callable[[nn.Module, Any, object], None]:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from medseg.config import ExplainChecksConfig, MethodConfig
 from medseg.explain import LAYERLESS, explain_score
-from medseg.explain.passmark import AT_MOST, Explained, measure
+from medseg.explain.passmark import AT_MOST, CHECKS, Explained, measure
 from medseg.explain.perturb import Probe
+from medseg.explain.summary import share_passing
 from medseg.metrics import pointing_hit
 from medseg.statistics import summarise
 
@@ -107,6 +108,39 @@ def rank_methods(measured: Mapping[Candidate, Sequence[Figures]], seed: int = 0)
             )
         )
     return sorted(ranked, key=lambda one: -one.score)
+
+
+def describe(
+    ranked: Sequence[Ranked],
+    measured: Mapping[Candidate, Sequence[Figures]],
+    patients: Sequence[str],
+    config: ExplainChecksConfig,
+) -> list[dict[str, Any]]:
+    """A row per candidate, best first: its score, and by check what `summary` says of the maps of a prediction folder.
+
+    Args:
+        patients: to whom each case belongs.
+    """
+    rows = []
+    for one in ranked:
+        cases = measured[one.method, one.layer]
+        names = [name for name in CHECKS if any(name in case for case in cases)]
+        checks = {name: _described(name, [case.get(name) for case in cases], patients, config) for name in names}
+        bare = sum(all(value is None for value in case.values()) for case in cases)
+        score = {"score": one.score, "ci_low": one.ci_low, "ci_high": one.ci_high}
+        rows.append({"method": one.method, "layer": one.layer, **score, "no_evidence": bare, "checks": checks})
+    return rows
+
+
+def _described(
+    name: str, values: Sequence[float | None], patients: Sequence[str], config: ExplainChecksConfig
+) -> dict[str, Any]:
+    threshold = getattr(config, name)
+    known = [(value, patient) for value, patient in zip(values, patients, strict=True) if value is not None]
+    passed = [_better(name, value) >= _better(name, threshold) for value, _ in known]
+    mean = float(np.mean([value for value, _ in known])) if known else None
+    owners = [patient for _, patient in known]
+    return {"threshold": threshold, "mean": mean, **share_passing(passed, owners, config.seed)}
 
 
 def _places(values_FMN: NDArray[np.float64]) -> NDArray[np.float64]:

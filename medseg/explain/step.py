@@ -75,7 +75,7 @@ def run(
     Raises:
         UserError: `config.target` is no label, the split is empty, or `config.cases` does not fit the task.
     """
-    started = time.monotonic()
+    started, config = time.monotonic(), config.settled(None)
     if config.target is not None and config.target not in labels:
         raise UserError(f"explain.target {config.target!r} is none of the labels {', '.join(labels)}.")
     maker = _Maker(config, net, plan, labels, Scans(scans, ingest), predictions, regions, lungs)
@@ -187,7 +187,7 @@ class _Maker:
     def make(self, case_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write the explanation of one case, unless the same is there; returns `explanation.json`."""
         folder = self.predictions / case_id / "explanation"
-        made_from = self.config.model_dump(mode="json", exclude={"max_cases", "cases"}) | {
+        made_from = self.config.model_dump(mode="json", exclude={"max_cases", "cases", "rank"}) | {
             "input_sha256": result.get("input_sha256"),
             "bundle_sha256": (result.get("bundle") or {}).get("sha256"),
         }

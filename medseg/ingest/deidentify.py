@@ -70,7 +70,8 @@ def burned_in(data: Any) -> Iterator[Finding]:
     if str(data.get("BurnedInAnnotation") or "").strip().upper() == "YES":
         message = "The header declares burnt-in text, which may name the patient."
         yield Finding("burned_in_text", "warning", message)
-    if str(data.get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE) or data.get("ConversionType"):
+    kind = str(data.get("SOPClassUID") or "")
+    if kind == _SECONDARY_CAPTURE or kind.startswith(f"{_SECONDARY_CAPTURE}.") or data.get("ConversionType"):
         message = "The image is a secondary capture (a screen or a film): its pixels may show names."
         yield Finding("secondary_capture", "warning", message)
 

@@ -1,14 +1,15 @@
 """Read the pixels of DICOM series whose headers `medseg.ingest.dicom` has checked."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Finding
+from medseg.ingest.deidentify import burned_in
 from medseg.ingest.dicom_codestream import check_frames
 from medseg.ingest.dicom_frames import frame_value
 from medseg.ingest.dicom_geometry import tilt_of, upright
@@ -25,16 +26,16 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
 
     Returns:
         A volume of int16, uint16 or int32 where every rescaled value is an integer, else float32; its affine is
-        the source's, or where the gantry was tilted that of the upright grid. Findings: padding, and the tilt that was
-        removed.
+        the source's, or where the gantry was tilted that of the upright grid. Findings: text burnt in, padding, and the
+        tilt that was removed.
 
     Raises:
         Refused: a file's pixels are missing, cut short or cannot be decoded.
     """
     assert source.affine is not None
-    count, padding = len(source.slices), _Padding()
+    count, noticed = len(source.slices), _Noticed()
     planes: NDArray[Any] = np.empty((0, 0, 0), np.int16)  # (slice, row, column): each slice is one run of memory
-    for k, part in _slices(source, padding):
+    for k, part in _slices(source, noticed):
         dtype = part.dtype if part.dtype.kind == "f" else _narrowest(part)
         if planes.size == 0:
             planes = np.empty((count, *part.shape), dtype)
@@ -47,7 +48,7 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
         planes = planes.astype(_narrowest(planes), copy=False)
     volume = Volume(planes.transpose(2, 1, 0), source.affine)
     tilt_deg = tilt_of(source.affine, count)
-    findings = padding.findings(volume.array)
+    findings = (*noticed.burnt_in(len(source.files)), *noticed.padding(volume.array))
     if not tilt_deg:
         return volume, findings
     message = f"Gantry tilt of {tilt_deg:.2f} degrees was removed: each slice was shifted within its plane."
@@ -56,23 +57,39 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
 
 
 @dataclass
-class _Padding:
-    """How many voxels of a series are padding, and their rescaled values."""
+class _Noticed:
+    """What the files of a series show or say besides their voxels.
 
-    count: int = 0
+    Attributes:
+        padded: how many voxels are padding.
+        values: their rescaled values.
+        declared: findings about text burnt into the pixels, and how many files have each.
+    """
+
+    padded: int = 0
     values: set[float] = field(default_factory=set)
+    declared: Counter[Finding] = field(default_factory=Counter)
 
-    def add(self, mask: NDArray[np.bool_] | None, part: NDArray[Any]) -> None:
+    def add_header(self, data: Any) -> None:
+        """Count what the header of one file declares."""
+        self.declared.update(burned_in(data))
+
+    def add_padding(self, mask: NDArray[np.bool_] | None, part: NDArray[Any]) -> None:
         """Count one slice with its mask and rescaled values."""
         if mask is not None and mask.any():
-            self.count += int(mask.sum())
+            self.padded += int(mask.sum())
             self.values |= {float(part[mask].min()), float(part[mask].max())}
 
-    def findings(self, array: NDArray[Any]) -> tuple[Finding, ...]:
+    def burnt_in(self, files: int) -> Iterator[Finding]:
+        """Says in how many of the files the pixels may show names."""
+        for finding, count in self.declared.items():
+            yield replace(finding, message=f"{finding.message} ({count} of {files} files.)", number=count)
+
+    def padding(self, array: NDArray[Any]) -> tuple[Finding, ...]:
         """Says that there is padding: voxels outside the field of view, which are kept as they are."""
-        if not self.count:
+        if not self.padded:
             return ()
-        share, low, high = self.count / array.size, min(self.values), max(self.values)
+        share, low, high = self.padded / array.size, min(self.values), max(self.values)
         span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         bright = low > float(np.median(array))
         message = f"{share:.1%} of the voxels are padding outside the field of view, with the value {span}"
@@ -97,13 +114,14 @@ def padding_mask(data: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
     return np.asarray((wide >= ends[0]) & (wide <= ends[1]))
 
 
-def _slices(source: Source, padding: _Padding) -> Iterator[tuple[int, NDArray[Any]]]:
+def _slices(source: Source, noticed: _Noticed) -> Iterator[tuple[int, NDArray[Any]]]:
     """Each slice as (k, modality values of (row, column)), file by file: one file is in memory at a time."""
     wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for k, (file, frame) in enumerate(source.slices):
         wanted[file].append((frame, k))
     for file, frames in wanted.items():
         data = read_dataset(source.files[file])
+        noticed.add_header(data)
         if is_siemens(data):
             tiles, rescale = tiles_of(data, stored_pixels(data)), _rescale(data, None)
             yield from ((k, _rescaled(tiles[frame], *rescale)) for frame, k in frames)
@@ -115,7 +133,7 @@ def _slices(source: Source, padding: _Padding) -> Iterator[tuple[int, NDArray[An
                 reason = f"A slice decodes to shape {stored.shape}, which the header does not say."
                 raise Refused("unreadable_pixels", reason)
             part = _rescaled(stored, *_rescale(data, frame if grouped else None))
-            padding.add(padding_mask(data, stored), part)
+            noticed.add_padding(padding_mask(data, stored), part)
             yield k, part
 
 

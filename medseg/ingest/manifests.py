@@ -103,7 +103,8 @@ class Layout(_Strict):
         file_name: regular expression of an image's file name, or of its path from the folder of the set when it holds
             a `/`; its named groups become columns. `case_id` and `patient_id` are required; the group named as
             `target` is the class.
-        target: the group that holds the class, as the text of a value in `labels`; null for segmentation.
+        target: the group that holds the class; null for segmentation. target_names: its texts with the names in
+            `labels`; empty where they are the values there.
         labels: path of a case's label map, or of its folder of masks, with `{case_id}`; null for classification, and
             where the publisher has none.
         masks: other masks by name, as paths with `{case_id}`; a case may lack one.
@@ -117,6 +118,7 @@ class Layout(_Strict):
     images: Text
     file_name: Text
     target: str | None = None
+    target_names: Mapping[str, Text] = {}
     labels: str | None = Field(default=None, pattern=r"\{case_id\}")
     masks: Mapping[str, Annotated[str, Field(pattern=r"\{case_id\}")]] = {}
     mask_threshold: int | None = None
@@ -183,6 +185,8 @@ class Manifest(_Strict):
             raise ValueError("layout.class_cases must name the classes of labels")
         if bool(self.labels) != bool(self.layout.labels or self.layout.target):
             raise ValueError("give labels together with layout.labels or layout.target, or none of them")
+        if self.layout.target_names and set(self.layout.target_names.values()) != set(self.labels):
+            raise ValueError("layout.target_names must name the classes of labels")
         if self.labels and self.ingest.config is None:
             raise ValueError("give ingest.config: the labels are learnt by one")
         return self

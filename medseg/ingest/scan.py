@@ -46,6 +46,7 @@ class Source:
             sheared where the gantry was tilted.
         slices: (index in `files`, frame within that file) of each slice of a DICOM series along the k axis.
         windowed: a radiograph's VOI look-up table or window is to be applied.
+        offset_hu, orientation: of NIfTI files, as `IngestConfig` has them; 0 and empty leave them as they are.
         parts: the series of a case whose channels are series of their own, in order of `task.channels`; `files` then
             holds the files of all.
         label: the label map that lies beside the channels, where `ingest.label_name` picks it.
@@ -66,6 +67,8 @@ class Source:
     affine: Affine | None = field(default=None, repr=False, compare=False)
     slices: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     windowed: bool = False
+    offset_hu: float = 0.0
+    orientation: str = ""
     parts: tuple["Source", ...] = field(default=(), repr=False)
     label: Path | None = field(default=None, repr=False)
     label_path: str = field(default="", repr=False)

@@ -301,7 +301,7 @@ def _read_channels(source: Source) -> tuple[tuple[Volume, ...], tuple[Finding, .
         nifti.check_one_grid(channels)
         return tuple(channels), tuple(finding for _, found in read for finding in found)
     if source.source_kind == "nifti":
-        return nifti.read_channels(source.files)
+        return nifti.as_meant(*nifti.read_channels(source.files), source.offset_hu, source.orientation)
     if source.source_kind == "png":
         image, findings = radiograph.read_picture(source.files[0])
     elif source.kind == "radiograph":

@@ -24,8 +24,8 @@ from medseg.ingest import deidentify, duplicates, quality
 from medseg.ingest.deidentify import Names
 from medseg.ingest.dicom_headers import read_dataset
 from medseg.ingest.duplicates import Fingerprint
-from medseg.ingest.guess import Draft
-from medseg.ingest.label_maps import label_inputs, read_label
+from medseg.ingest.guess import Draft, check_declared
+from medseg.ingest.label_maps import annotated, label_inputs, read_label
 from medseg.ingest.labels import Truth, match
 from medseg.ingest.pseudonyms import pseudonym, record_places
 from medseg.ingest.radiograph import write_radiograph_png
@@ -36,7 +36,10 @@ from medseg.result import Result
 from medseg.volume import Volume, orientation_code
 
 RECORD_VERSION = 3
-_RULES = {"modality", "refuse", "dates", "label_threshold", "label_files", "label_values", "label_grid"}
+_RULES = {
+    *("modality", "refuse", "dates", "offset_hu", "orientation"),
+    *("label_threshold", "label_files", "label_values", "label_grid", "label_missing"),
+}
 _WORKERS = 4
 
 
@@ -78,6 +81,8 @@ def run(
         found = [names.source(source) for source in found]
         if isinstance(config, Draft):
             config = config.settle(found, labels)
+        elif labels is None:
+            check_declared(found, config.task, config.ingest)
         matched, unmatched = match(found, labels, config.ingest, config.task)
         rejects = [names.reject(reject) for reject in (*rejects, *unmatched)]
         if lookup is not None:
@@ -184,15 +189,16 @@ class _CaseMaker:
         scan = read_source(source)
         self._check_task(scan)
         findings = quality.check(scan, self.config.ingest)
-        label = None
+        label, told = None, ""
         if truth.label is not None:
             label, found = read_label(truth.label, scan.channels[0], self.config.task, self.config.ingest)
+            told = annotated(truth.label, label, truth.annotated, self.config.task, self.config.ingest)
             findings += found
         (self.folder / "cohort.json").unlink(missing_ok=True)  # the tables no longer tell the truth
         self._record(source.case_id).unlink(missing_ok=True)
         images = self._write_images(scan)
         label_name = self._write_label(scan, label)
-        case = _case(scan, images, label_name, findings)
+        case = replace(_case(scan, images, label_name, findings), annotated=told)
         self.prints[case.case_id] = found_print = duplicates.fingerprint(scan.channels[0])
         record: dict[str, object] = {"version": RECORD_VERSION, "inputs": digest, "image": found_print.to_json()}
         if scan.source_kind == "dicom":
@@ -243,6 +249,7 @@ class _CaseMaker:
             "modality": source.modality,
             "rules": self.config.ingest.model_dump(mode="json", include=_RULES),
             "windowed": source.windowed,
+            "annotated": truth.annotated,
         }
         try:
             masks = label_inputs(truth.label, self.config.task, self.config.ingest) if truth.label else []

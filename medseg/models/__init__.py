@@ -23,6 +23,7 @@ from medseg.config import (
     SegResNetConfig,
     SqueezeNetConfig,
     SwinUNETRConfig,
+    TwoStageConfig,
     UNetConfig,
     UNetPPConfig,
     VGGConfig,
@@ -45,6 +46,7 @@ from medseg.models.classifiers import (
     build_vgg,
 )
 from medseg.models.reversible_unet import build_reversible_unet
+from medseg.models.two_stage import build_two_stage
 from medseg.models.unetpp import build_unetpp
 
 Builder = Callable[[Any, int, int, int], nn.Module]
@@ -64,6 +66,7 @@ MODELS: dict[str, tuple[type[NetworkConfig], Builder]] = {
     "inception_v3": (InceptionConfig, build_inception_v3),
     "squeezenet": (SqueezeNetConfig, build_squeezenet),
     "mobilenet_v2": (MobileNetConfig, build_mobilenet_v2),
+    "two_stage": (TwoStageConfig, build_two_stage),
 }
 
 
@@ -77,7 +80,8 @@ def build_model(name: str, *, spatial_dims: int, in_channels: int, out_channels:
         params: fields of the network's config class.
 
     Returns:
-        A module x_BCDHW -> logits_BKDHW (segmentation) or logits_BK (classification).
+        A module x_BCDHW -> logits_BKDHW (segmentation) or logits_BK (classification). In training some give more:
+        logits by level, or `medseg.losses.WithLosses`.
 
     Raises:
         UserError: unknown name or parameter, or a network that this number of axes or this installation cannot have.

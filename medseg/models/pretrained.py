@@ -161,7 +161,7 @@ def _named_for(net: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]
         if len(heads) != 1 or heads <= own or not all("." in name for name in named):
             break
         named = {name.partition(".")[2]: value for name, value in named.items()}
-    if "class_layers" in own:
+    if hasattr(net, "class_layers"):  # also where it is a backbone, without a head
         named = {_densenet_name(name): value for name, value in named.items()}
     return named
 

@@ -17,7 +17,7 @@ from medseg.images import read_image
 from medseg.ingest import quality
 from medseg.ingest.deidentify import Names
 from medseg.ingest.pseudonyms import load_key, record_places
-from medseg.ingest.scan import Refused, Scan, Source, SourceKind
+from medseg.ingest.scan import Kind, Refused, Scan, Source, SourceKind
 from medseg.ingest.sources import discover, read_source
 
 Job_ = TypeVar("Job_")
@@ -38,10 +38,17 @@ class Job:
 
     case_id: str
     patient_id: str
+    kind: Kind
     source_kind: str
     files: tuple[Path, ...]
     images: tuple[Path, ...]
     read: Callable[[], Scan]
+
+    @property
+    def dicom_radiograph(self) -> Path | None:
+        """The file, where the scan is a radiograph that comes as DICOM."""
+        from_dicom = (self.kind, self.source_kind) == ("radiograph", "dicom") and not self.images
+        return self.files[0] if from_dicom else None
 
     def input_sha256(self) -> str:
         """Hash of the input's bytes. Raises Refused when a file cannot be read."""
@@ -81,6 +88,7 @@ def source_jobs(
         Job(
             source.case_id,
             source.patient_id,
+            source.kind,
             source.source_kind,
             source.files,
             (),
@@ -148,8 +156,9 @@ def read_checked(source: Source, config: IngestConfig | None = None) -> Scan:
 
 
 def _cohort_job(case: Case, images: tuple[Path, ...], label: Path | None) -> Job:
-    absolute, read = tuple(path.absolute() for path in images), partial(_read_case, case, images, label)
-    return Job(case.case_id, case.patient_id, case.source_kind, images, absolute, read)
+    absolute = tuple(path.absolute() for path in images)
+    read = partial(_read_case, case, images, label)
+    return Job(case.case_id, case.patient_id, case.kind, case.source_kind, images, absolute, read)
 
 
 def _read_case(case: Case, images: tuple[Path, ...], label: Path | None) -> Scan:

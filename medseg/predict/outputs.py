@@ -19,18 +19,16 @@ from medseg.data.lung_view import FILE as LUNGS_FILE
 from medseg.data.lung_view import LungFields
 from medseg.files import UserError, dump_json, read_json, sha256_file, write_json, write_text
 from medseg.images import write_png
-from medseg.ingest.dicom_derived import read_source_headers, why_not
 from medseg.ingest.scan import Refused, Scan
 from medseg.ledger import Row, Status
+from medseg.predict.export_dicom import REPORT, SEGMENTATION, write_segmentation, write_verdict_report
 from medseg.predict.export_nifti import write_mask
-from medseg.predict.export_seg import write_seg
-from medseg.predict.export_sr import write_sr
 from medseg.predict.jobs import Job
 from medseg.predict.predictor import Prediction
 from medseg.predict.preview import write_preview
 from medseg.tracking.failure import scrub
 
-_OUTPUTS = ("mask.nii.gz", "mask.png", LUNGS_FILE, "mask.dcm", "report.dcm", "preview.png", "failure.txt")
+_OUTPUTS = ("mask.nii.gz", "mask.png", LUNGS_FILE, SEGMENTATION, REPORT, "preview.png", "failure.txt")
 _MAX_REASON = 500
 
 
@@ -63,7 +61,7 @@ class CaseFolder:
         return row if same and row.status != "failed" and all(output.is_file() for output in outputs) else None
 
     def write(self, scan: Scan, prediction: Prediction, seconds: dict[str, float]) -> Row:
-        """Write mask, DICOM SEG and SR (of a series), preview and, last, the result."""
+        """Write mask, DICOM SEG and SR (of a scan that came as DICOM), preview and, last, the result."""
         start = time.monotonic()
         self._clear()
         flags, outputs = list(prediction.flags), [self.path / "preview.png"]
@@ -74,8 +72,8 @@ class CaseFolder:
         if prediction.mask is not None:
             outputs.append(write_mask(self.path, prediction.mask))
             digest = sha256_file(outputs[-1])
-            if scan.source_kind == "dicom" and scan.kind == "volume" and scan.source_files:
-                outputs += self._write_dicom(scan, prediction, flags)
+        if scan.source_kind == "dicom" and scan.source_files:
+            outputs += self._write_dicom(scan, prediction, flags)
         first = scan.channels[0]
         return self._finish(
             "flagged" if flags else "done",
@@ -99,9 +97,15 @@ class CaseFolder:
         """Write that the scan cannot be used, and why."""
         self._clear()
         flags = [Finding(refused.code, "error", refused.reason)]
-        verdict = self.bundle.verdict
+        outputs: list[Path] = []
+        verdict, source = self.bundle.verdict, self.job.dicom_radiograph
         told = verdict.as_result(None) if verdict is not None else None
-        return self._finish("rejected", self._public(refused.reason), {}, flags=flags, verdict=told)
+        if told is not None and source is not None:
+            outputs = write_verdict_report(
+                self.path, source, told, self.bundle, [refused.code], flags, seed_uid=self._seed_uid
+            )
+        names = [path.name for path in outputs]
+        return self._finish("rejected", self._public(refused.reason), {}, flags=flags, verdict=told, outputs=names)
 
     def write_failure(self, error: Exception) -> Row:
         """Write what went wrong; the whole traceback, which may name paths, stays in `failure.txt`."""
@@ -123,27 +127,28 @@ class CaseFolder:
             "model": model.identity() if model is not None else None,
         }
 
+    @property
+    def _seed_uid(self) -> str:
+        return f"{self.input_sha256}/{self.bundle.sha256}"
+
     def _write_dicom(self, scan: Scan, prediction: Prediction, flags: list[Finding]) -> list[Path]:
-        """The mask as DICOM SEG and its volumes as SR; what cannot be written becomes a flag."""
-        assert prediction.mask is not None
-        seed = f"{self.input_sha256}/{self.bundle.sha256}"
-        paths, what = [self.path / "mask.dcm", self.path / "report.dcm"], "SEG"
-        try:
-            sources = read_source_headers(scan.source_files)
-            seg = write_seg(paths[0], prediction.mask, sources, self.bundle, seed_uid=seed)
-            what = "SR"
-            write_sr(paths[1], seg, sources, prediction.volumes_ml, self.bundle, seed_uid=seed)
-        except Refused as error:  # the source changed after it was read
-            reason = error.reason
-        except UserError:
-            raise  # the disk
-        except Exception as error:  # headers of the source that no object may refer to; the mask itself is good
-            reason = why_not(error)
-        else:
-            return paths
-        message = f"No DICOM {what} was written ({reason})."
-        flags.append(Finding(f"no_dicom_{what.lower()}", "warning", message))
-        return paths[: what == "SR"]
+        """The objects for the PACS; what cannot be written becomes a flag."""
+        if prediction.mask is not None and scan.kind == "volume":
+            return write_segmentation(
+                self.path,
+                scan.source_files,
+                prediction.mask,
+                prediction.volumes_ml,
+                self.bundle,
+                flags,
+                seed_uid=self._seed_uid,
+            )
+        if prediction.verdict is None or scan.kind != "radiograph":
+            return []
+        reasons = list(prediction.verdict["withheld_for"])
+        return write_verdict_report(
+            self.path, scan.source_files[0], prediction.verdict, self.bundle, reasons, flags, seed_uid=self._seed_uid
+        )
 
     def _clear(self) -> None:
         """Remove what an earlier attempt left; the result goes first, since it vouches for the rest."""

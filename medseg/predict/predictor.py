@@ -124,12 +124,13 @@ class Predictor:
 
     def predict_file(self, path: Path) -> Prediction:
         """Predict the one scan at `path`. Raises UserError when there is not exactly one usable scan."""
-        sources, rejects = discover([path], self.bundle.config.ingest.for_use())
+        config = self.bundle.config.ingest.for_use()
+        sources, rejects = discover([path], config)
         if len(sources) != 1:
             why = rejects[0].reason if rejects and not sources else f"it holds {len(sources)} scans"
             raise UserError(f"{path}: {why}; give one scan, or use `medseg predict` for many.")
         try:
-            scan = read_checked(sources[0], self.bundle.config.ingest)
+            scan = read_checked(sources[0], config)
             return self.predict(scan, self.prepare(scan))
         except Refused as error:
             raise UserError(f"{path}: {error.reason}") from error

@@ -53,6 +53,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         facts=_facts(cohort, len(rejects)),
         simulated=bool(provenance.get("simulated")),
         splits=_split_table(cohort),
+        annotated=_annotated_table(cohort),
         geometry=_geometry(cohort.cases),
         grids=_grid_table(cohort.cases),
         intensities=intensity_chart(curves, PERCENTS) if curves else None,
@@ -153,6 +154,21 @@ def _split_table(cohort: Cohort) -> Table:
     if any(len(_classes_of(case, cohort.label_names)) > 1 for case in cases):
         note += " A case counts under each of its labels."
     return Table("Cases by split", columns, tuple(rows), numeric, note)
+
+
+def _annotated_table(cohort: Cohort) -> Table | None:
+    """Cases that annotate each structure, per split; None where all annotate all."""
+    labelled = [case for case in cohort.cases if case.label]
+    if not any(case.annotated for case in labelled):
+        return None
+    splits = [name for name in (*SPLITS, "") if any(case.split == name for case in labelled)]
+    rows = []
+    for name, value in cohort.label_names.items():
+        counts = Counter(case.split for case in labelled if value in cohort.annotated(case))
+        rows.append((words(name), *(number(counts[split]) for split in splits), number(counts.total())))
+    columns = ("Structure", *(split or "unassigned" for split in splits), "All")
+    note = "The others do not tell of it: nothing is trained or measured on it there."
+    return Table("Cases with the structure contoured", columns, tuple(rows), (False, *[True] * (len(splits) + 1)), note)
 
 
 def _geometry(cases: Sequence[Case]) -> Picture | None:

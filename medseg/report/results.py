@@ -1,7 +1,7 @@
 """The results of one evaluated split: tables from `metrics.json` and `cases.json`, and the cases drawn."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def show_split(folder: Path, name: str, labels: Mapping[str, int], budget: Budge
     ]
     tables += _check_tables(read_mapping(folder / "predictions" / "explanation.json", missing={}))
     roc = metrics.get("roc") or {}
-    area = (metrics.get("auc") or {}).get("value")
+    of_roc = (metrics.get("per_class") or {}).get(metrics.get("positive"), metrics)
+    area = (of_roc.get("auc") or {}).get("value")
     pictures = [roc_chart(roc["fpr"], roc["tpr"], area)] if roc.get("fpr") else []
     table = _case_table(cases, {case.case_id for case in drawn}, f"evaluation/{name}/cases.csv")
     volumes = any(str(image).endswith((".nii", ".nii.gz")) for case in cases[:1] for image in case.get("images") or ())
@@ -100,6 +101,8 @@ def _class_table(metrics: Mapping[str, Any]) -> Table:
     note = "Mean over cases with its 95 % interval below (bootstrap over patients)."
     if tolerance is not None:
         note += f" Surface Dice at a tolerance of {tolerance:g} mm."
+    if metrics.get("annotated"):
+        note += " Not every case has all structures contoured: a row rests on those in which its structure is."
     columns = ("Class", *(metric(name)[0] for name in names), "Cases")
     return Table(
         "Agreement with the reference by class", columns, tuple(rows), (False, *[True] * (len(names) + 1)), note
@@ -131,23 +134,57 @@ def _rate_tables(metrics: Mapping[str, Any]) -> list[Table]:
     cells = [estimate(metrics[name], metric(name)[1]) for name in rates]
     threshold = metrics.get("threshold")
     note = "Each with its 95 % interval below."
-    if threshold is not None:
+    if metrics.get("per_class"):
+        note += " AUC, sensitivity and specificity are means over the classes, each against all others."
+    elif threshold is not None:
         note += (
             f" Positive is {metrics.get('positive') or 'the second class'}, from a probability of {threshold:.3g} on."
         )
     heads = tuple(metric(name)[0] for name in rates)
     tables = [Table("Agreement with the known class", heads, (tuple(cells),), (True,) * len(heads), note)]
+    if metrics.get("per_class"):
+        tables.append(_one_against_the_rest(metrics))
     classes, confusion = list(metrics.get("classes") or ()), metrics.get("confusion") or []
     if confusion and len(confusion) == len(classes):
-        rows = [(words(f"is {name}"), *map(number, row)) for name, row in zip(classes, confusion, strict=True)]
-        columns = ("", *(f"called {name}" for name in classes))
-        tables.append(Table("Confusion", columns, tuple(rows), (False, *[True] * len(classes))))
+        tables.append(_confusion_table(classes, confusion))
     if quality := metrics.get("calibration"):
         heads = tuple(metric(name)[0] for name in QUALITY_FIGURES)
         line = tuple(estimate(quality.get(name), metric(name)[1]) for name in QUALITY_FIGURES)
-        note = "How far the probabilities are from the shares that they promise: 0 is best."
+        note = (
+            f"How far the probabilities of {metrics.get('positive') or 'the second class'} are from the shares that "
+            "they promise: 0 is best."
+        )
         tables.append(Table("Are the probabilities true?", heads, (line,), (True,) * len(heads), note))
     return tables
+
+
+def _one_against_the_rest(metrics: Mapping[str, Any]) -> Table:
+    """A row per class of more than two."""
+    names = tuple(name for name in RATE_FIGURES if name != "accuracy")
+    rows = [
+        (words(label), *(estimate(found.get(name), metric(name)[1]) for name in names), number(found.get("n")))
+        for label, found in metrics["per_class"].items()
+    ]
+    note = "Each with its 95 % interval below."
+    if metrics.get("positive") is not None:
+        note += (
+            f" A case is called {metrics['positive']} from a probability of {metrics['threshold']:.3g} on, else the "
+            f"most probable other class; the curve below is that of {metrics['positive']}."
+        )
+    columns = ("Class", *(metric(name)[0] for name in names), "Cases")
+    return Table("Each class against all others", columns, tuple(rows), (False, *[True] * (len(names) + 1)), note)
+
+
+def _confusion_table(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> Table:
+    rows = []
+    for name, counts in zip(classes, confusion, strict=True):
+        total = sum(counts)
+        shares = [f"{count / total:.0%}" if total else "" for count in counts]
+        cells = (replace(number(count), detail=share) for count, share in zip(counts, shares, strict=True))
+        rows.append((words(f"is {name}"), *cells))
+    columns = ("", *(f"called {name.replace('_', ' ')}" for name in classes))  # so that a long name has two lines
+    note = "Below each number of cases its share of the row."
+    return Table("Confusion", columns, tuple(rows), (False, *[True] * len(classes)), note)
 
 
 def _trust_table(metrics: Mapping[str, Any]) -> Table | None:

@@ -41,6 +41,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         splits=splits,
         verdict=show_verdict(folder / "bundle" / "verdict.json"),
         audits=show_audits(folder),
+        explanations=_explanations(read_mapping(folder / "bundle" / "explanation.json", missing={})),
         curves=training_curves(history) if history else None,
         training=_training_facts(history),
         recipe=_recipe(about, settings, folder),
@@ -127,6 +128,28 @@ def _recipe(about: Mapping[str, Any], settings: Mapping[str, Any], folder: Path)
     if packages := about.get("packages"):
         recipe.append(("packages", _flow(packages)))
     return recipe
+
+
+def _explanations(measured: Mapping[str, Any]) -> page.Table | None:
+    """How the activation maps of every method compared did on the validation split."""
+    candidates: Sequence[Mapping[str, Any]] = measured.get("candidates") or ()
+    if not candidates:
+        return None
+    checks = list(candidates[0]["checks"])
+    rows = []
+    for found in candidates:
+        shares = ({**found["checks"][name], "mean": found["checks"][name]["share"]} for name in checks)
+        figures = ({**found, "mean": found["score"]}, *shares)
+        cells = (page.estimate(figure, 2) for figure in figures)
+        rows.append((page.words(found["method"]), page.words(found["layer"]), *cells))
+    note = (
+        f"On {measured['n']} cases of the split “{measured['split']}”, with 95 % intervals. The score is the share of "
+        "the other candidates that a map beats, averaged over checks and cases; then the share of maps that pass each "
+        f"check. Maps are made by {measured['chosen']['method']} where the config says auto."
+    )
+    columns = ("Method", "Layer", "Score", *(name.capitalize() for name in checks))
+    numeric = (False, False, *[True] * (len(checks) + 1))
+    return page.Table("Which activation maps explain best?", columns, tuple(rows), numeric, note)
 
 
 def _flow(value: object) -> str:

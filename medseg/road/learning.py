@@ -60,7 +60,8 @@ def train(
     run_id: str | None = None,
     tags: dict[str, str] | None = None,
 ) -> Result:
-    """Train one network as one run; calibrate a classifier on its validation split; register the bundle.
+    """Train one network as one run; register the bundle. A classifier is calibrated on its validation split, and there
+    it is compared how its activation maps are best made.
 
     A fold is not registered, but measured on its own part.
 
@@ -74,6 +75,7 @@ def train(
     """
     from medseg.calibrations import add_verdict
     from medseg.data.lung_view import load_lung_model
+    from medseg.explanations import add_ranking
     from medseg.folds import as_trained, fold_facts, measure_fold
     from medseg.tracking import track
     from medseg.train import step
@@ -100,9 +102,10 @@ def train(
         lungs = _lungs(config, folder)
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
         verdict = add_verdict(result.paths["bundle"], cohort, tracker)
+        explained = add_ranking(result.paths["bundle"], cohort, tracker)
         tracker.log_artifact(result.paths["history"])
         tracker.log_bundle(result.paths["bundle"], "" if part else config.tracking.register_as)
-        result = replace(result, figures={**result.figures, **verdict})
+        result = replace(result, figures={**result.figures, **verdict, **explained})
         if part:
             measured = measure_fold(result.paths["bundle"], cohort, folder, tracker)
             figures = {**result.figures, **part, "oof": measured.figures}

@@ -102,17 +102,17 @@ def _explain(
 ) -> Result:
     from medseg.explain import step
 
-    config = bundle.config
+    config, ingest = bundle.config.explain.settled(bundle.explanation.get("chosen")), bundle.config.ingest.for_use()
     return step.run(
-        config.explain,
+        config,
         net,
         bundle.plan,
         bundle.labels,
         scans,
         split,
         predictions=out,
-        ingest=config.ingest.for_use(),
-        lungs=config.lungs,
+        ingest=ingest,
+        lungs=bundle.config.lungs,
     )
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from medseg.cohort import Case, Cohort
 from medseg.config import Config, ModelConfig, PlanConfig
 from medseg.plan import Plan
-from medseg.train.budget import Candidate
 from medseg.train.device import choose_device
 from medseg.train.fingerprint import Fingerprint, measure_cohort, target_spacing
+from medseg.train.memory_law import Candidate
 from medseg.train.pooling import completed, divisors_of, pool_by_axis
 
 _CPU_VOXELS = 96**3  # a step of at most so many where no budget is given: a CPU's time, not its memory, ends there
@@ -49,7 +49,7 @@ def _draft_radiographs(config: Config, found: Fingerprint) -> Draft:
     divisors = divisors_of(config.model, 2, {})
     published = config.model.published_px
     size = fixed.size_px or published
-    by = f", the size at which {config.model.variant} was published" if config.model.classifies else ""
+    by = f", {config.model.size_reason}" if config.model.classifies else ""
     largest = fixed.batch_size or _RADIOGRAPHS
     candidates = [Candidate((size, size), largest)]
     if fixed.batch_size is None:

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from medseg.config import TrainConfig
-from medseg.data.batches import BatchSource
+from medseg.data.batches import Batch, BatchSource
 from medseg.files import UserError
+from medseg.losses import losses_of
 from medseg.progress import progress
 from medseg.train.checkpoints import load_checkpoint, save_checkpoint
 from medseg.train.device import peak_memory_gb
@@ -29,7 +30,7 @@ class Training:
 
     Attributes:
         net: trained by gradient. average: exponential moving average of its weights; validated and saved.
-        step: finished steps. history: one row an epoch. sums: loss and waiting of the unfinished epoch.
+        step: finished steps. history: one row an epoch. sums: losses by name and waiting of the unfinished epoch.
     """
 
     net: nn.Module
@@ -113,12 +114,13 @@ def train_loop(
             started = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - started
-            value = _train_step(training, batch.image, batch.target, loss, config, total, device, bf16)
-            training.sums["loss"] += value
+            losses = _train_step(training, batch, loss, config, total, device, bf16)
+            for name, value in losses.items():
+                training.sums[name] = training.sums.get(name, 0.0) + value
             training.sums["wait_s"] += waited
             training.sums["seconds"] += time.perf_counter() - started
             training.step += 1
-            shown.advance(text=f"loss {value:.3f}")
+            shown.advance(text=f"loss {losses['loss']:.3f}")
             if training.step % steps_per_epoch == 0:
                 figures = _end_epoch(training, config, steps_per_epoch, total, device, validate)
                 on_epoch(figures)
@@ -137,22 +139,23 @@ def resume_training(training: Training, folder: Path) -> None:
 
 def _train_step(
     training: Training,
-    image: Tensor,
-    target: Tensor,
+    batch: Batch,
     loss: nn.Module,
     config: TrainConfig,
     total: int,
     device: torch.device,
     bf16: bool,
-) -> float:
+) -> dict[str, float]:
     training.net.train()
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(config, training.step, total)
-    image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
-    value, norm = _gradients(training, image, target, loss, config, bf16=bf16)
+    image = batch.image.to(device, non_blocking=True)
+    targets = [part.to(device, non_blocking=True) for part in (batch.target, batch.annotated) if part is not None]
+    losses, norm = _gradients(training, image, targets, loss, config, bf16=bf16)
     if bf16 and device.type == "cpu" and not torch.isfinite(norm):
         # oneDNN's bf16 kernels for a CPU without AMX read memory that was never written where an axis has two positions
-        value, norm = _gradients(training, image, target, loss, config, bf16=False)
+        losses, norm = _gradients(training, image, targets, loss, config, bf16=False)
+    value = losses["loss"]
     if not (torch.isfinite(value) and torch.isfinite(norm)):
         what = f"loss is {value.item()}" if not torch.isfinite(value) else f"gradient's norm is {norm.item()}"
         raise UserError(
@@ -161,18 +164,19 @@ def _train_step(
         )
     training.optimizer.step()
     _average(training, config.ema_decay)
-    return float(value)
+    return {name: float(value) for name, value in losses.items()}
 
 
 def _gradients(
-    training: Training, image: Tensor, target: Tensor, loss: nn.Module, config: TrainConfig, *, bf16: bool
-) -> tuple[Tensor, Tensor]:
-    """Set the clipped gradients of one batch; returns the loss, and the norm before clipping."""
+    training: Training, image: Tensor, targets: Sequence[Tensor], loss: nn.Module, config: TrainConfig, *, bf16: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Set the clipped gradients of one batch; returns the losses by name, and the norm before clipping."""
     training.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-        value: Tensor = loss(training.net(image), target)
-    value.backward()  # type: ignore[no-untyped-call]
-    return value.detach(), nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
+        losses = losses_of(loss, training.net(image), *targets)
+    losses["loss"].backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
+    return {name: value.detach() for name, value in losses.items()}, norm
 
 
 @torch.no_grad()
@@ -199,7 +203,7 @@ def _end_epoch(
         "epoch": float(epoch),
         "step": float(training.step),
         "seconds": training.sums["seconds"],
-        "train_loss": training.sums["loss"] / steps,
+        **{f"train_{name}": value / steps for name, value in training.sums.items() if name.endswith("loss")},
         "learning_rate": learning_rate(config, training.step - 1, total),
         "data_wait_share": training.sums["wait_s"] / max(training.sums["seconds"], 1e-9),
         "peak_memory_gb": peak_memory_gb(device),

@@ -19,10 +19,11 @@ from medseg.files import UserError, dump_json
 from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.train import probe
-from medseg.train.budget import Candidate, Choice, Chooser, Measure, Measured, TooLarge
+from medseg.train.budget import Choice, Chooser
 from medseg.train.device import choose_device, device_name, free_memory_gb
 from medseg.train.draft import Draft, draft_plan
 from medseg.train.fingerprint import canonical_grids
+from medseg.train.memory_law import Candidate, Measure, Measured, TooLarge
 from medseg.train.pooling import divisors_of
 from medseg.train.step import check_cohort
 

@@ -232,10 +232,13 @@ def _check_masks(table: Path, split: str, cases: Sequence[Case]) -> None:
 
 
 def _set_pretrained(net: torch.nn.Module, config: Config, folder: RunFolder, tracker: Tracker) -> None:
-    """Start from the weights that the config names, and record in `pretrained.json` what they were."""
-    pretrained = load_pretrained(net, config.model)
-    if pretrained is not None:
-        tracker.log_artifact(write_json(folder.path / "pretrained.json", pretrained))
+    """Start from the weights that the config names, and record in `pretrained.json` what they were: of a network of
+    networks, by the part that they are of."""
+    found = {name: load_pretrained(net.get_submodule(name), part) for name, part in config.model.parts.items()}
+    loaded = {name: one for name, one in found.items() if one is not None}
+    if loaded:
+        record = loaded if len(found) > 1 else loaded[""]
+        tracker.log_artifact(write_json(folder.path / "pretrained.json", record))
 
 
 def _class_counts(config: Config, examples: Sequence[Example]) -> list[int]:

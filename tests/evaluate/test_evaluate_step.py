@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from medseg.cohort import Case, Cohort
+from medseg.evaluate.outcomes import read_outcomes
 from medseg.evaluate.step import run
 from medseg.files import UserError, read_json, read_rows, write_json
 from medseg.images import write_nifti, write_png
@@ -62,6 +63,34 @@ def test_perfect_predictions(tmp_path: Path) -> None:
     }  # fmt: skip
     assert metrics["sites"]["north"]["n"] == 2
     assert read_json(tmp_path / "out" / "evaluate.json")["status"] == "done"
+
+
+def test_what_a_case_does_not_annotate_has_no_figures_whatever_was_predicted(tmp_path: Path) -> None:
+    """The reference of c lacks the core; where it does not tell of it, that is no false alarm and no missed core."""
+    cohort, predictions = _volume_cohort(tmp_path)
+    bare = np.where(_label() == 1, 0, _label()).astype(np.uint8)
+    for name in "cd":
+        write_nifti(cohort.folder / "labels" / f"{name}.nii.gz", Volume(bare, AFFINE))
+    _predict(predictions, "d", bare)
+    cases = [replace(case, annotated="shell" if case.case_id in "cd" else "") for case in cohort.cases]
+    result = _evaluate(replace(cohort, cases=tuple(cases)), predictions, tmp_path / "out")
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert result.figures["mean_dice"] == 1
+    assert metrics["annotated"] == {"core": 2, "shell": 4}
+    assert {name: found["n"] for name, found in metrics["classes"]["core"].items()} == dict.fromkeys(
+        ("dice", "hd95_mm", "surface_dice", "volume_error_ml"), 2
+    )
+    assert metrics["classes"]["shell"]["dice"]["n"] == 4
+    cells = {row["case_id"]: row for row in read_rows(tmp_path / "out" / "cases.csv")}
+    assert all(
+        cells[name][f"{figure}_core"] == "" for name in "cd" for figure in ("dice", "hd95_mm", "volume_error_ml")
+    )
+    told = {outcome.case.case_id: outcome.not_annotated for outcome in read_outcomes(tmp_path / "out")}
+    assert told == {"a": (), "b": (), "c": ("core",), "d": ("core",)}
+    _evaluate(cohort, predictions, tmp_path / "whole")
+    whole = read_json(tmp_path / "whole" / "metrics.json")
+    assert "annotated" not in whole
+    assert whole["classes"]["core"]["dice"]["mean"] == pytest.approx(2 / 3), "c counts as a false alarm"
 
 
 def test_a_shifted_prediction_has_its_known_figures_and_comes_first(tmp_path: Path) -> None:
@@ -223,8 +252,40 @@ def test_three_classes_are_each_held_against_the_rest(tmp_path: Path) -> None:
     assert metrics["sensitivity"]["value"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert metrics["specificity"]["value"] == pytest.approx((1 + 1 + 0.75) / 3)
     # lesion: one of two beats all four others, the other ties with them (8 pairs: 4 + 4 / 2)
-    assert metrics["per_class"]["lesion"]["auc"] == pytest.approx(0.75)
-    assert metrics["auc"]["value"] == pytest.approx(np.mean([c["auc"] for c in metrics["per_class"].values()]))
+    assert metrics["per_class"]["lesion"]["auc"]["value"] == pytest.approx(0.75)
+    areas = [found["auc"]["value"] for found in metrics["per_class"].values()]
+    assert metrics["auc"]["value"] == pytest.approx(np.mean(areas))
+    assert [metrics["per_class"][name]["sensitivity"]["value"] for name in labels] == [1, 0.5, 1]
+    other = metrics["per_class"]["other"]
+    assert (other["n"], other["precision"]["value"], other["specificity"]["value"]) == (2, pytest.approx(2 / 3), 0.75)
+    assert 0 < other["precision"]["ci_low"] < other["precision"]["ci_high"] < 1
+    assert metrics["positive"] is None
+    assert "roc" not in metrics
+
+
+def test_the_operating_point_of_one_class_of_three_rules_its_figures(tmp_path: Path) -> None:
+    """Called from its threshold on, though another is more probable; below it the most probable other class is."""
+    labels = {"normal": 0, "lesion": 1, "other": 2}
+    given = {"normal-1": (0.7, 0.2, 0.1), "normal-2": (0.5, 0.4, 0.1), "lesion-1": (0.6, 0.35, 0.05)}
+    given |= {"lesion-2": (0.1, 0.29, 0.61), "other-1": (0.1, 0.1, 0.8), "other-2": (0.25, 0.2, 0.55)}
+    cohort, predictions = _radiographs(tmp_path, dict.fromkeys(given, 0.0))
+    for name, probs in given.items():
+        write_json(
+            predictions / name / "result.json", {"status": "done", "probs": dict(zip(labels, probs, strict=True))}
+        )
+    facts = {"operating_point": {"target": "lesion", "threshold": 0.3}}
+    result = _classify(cohort, predictions, tmp_path / "out", labels=labels, bundle_facts=facts)
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert metrics["confusion"] == [[1, 1, 0], [0, 1, 1], [0, 0, 2]]
+    lesion = metrics["per_class"]["lesion"]
+    assert (lesion["sensitivity"]["value"], lesion["specificity"]["value"]) == (0.5, 0.75)
+    assert result.figures["sensitivity_lesion"] == 0.5
+    # of the class of the operating point: of its 8 pairs 0.35 loses to 0.4 and 0.29 as well
+    assert lesion["auc"]["value"] == pytest.approx(6 / 8)
+    assert np.trapezoid(metrics["roc"]["tpr"], metrics["roc"]["fpr"]) == pytest.approx(6 / 8)
+    truth = np.array([0, 0, 1, 1, 0, 0])
+    p = np.array([probs[1] for probs in given.values()])
+    assert metrics["calibration"]["brier"]["value"] == pytest.approx(((p - truth) ** 2).mean())
 
 
 def test_maps_are_held_against_the_lesions(tmp_path: Path) -> None:

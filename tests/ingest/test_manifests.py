@@ -23,8 +23,8 @@ def tree(name: str = "nlm_montgomery") -> dict:
 
 def test_the_sets_that_users_bring_are_described() -> None:
     assert {name for name in MANIFESTS if not name.startswith("decathlon_")} == {
-        *("amos22", "brats_2020", "brats_2023", "btcv", "mrbrains18", "nlm_montgomery", "nlm_shenzhen", "oasis3"),
-        *("pancreas_ct", "totalsegmentator_v2"),
+        *("amos22", "brats_2020", "brats_2023", "btcv", "covid19_radiography", "mrbrains18", "mswal"),
+        *("nlm_montgomery", "nlm_shenzhen", "oasis3", "pancreas_ct", "totalsegmentator_v2"),
     }
     assert sum(name.startswith("decathlon_") for name in MANIFESTS) == 10
 
@@ -60,7 +60,8 @@ def test_labels_and_columns_are_those_of_the_config(manifest: Manifest) -> None:
     if manifest.layout.case_table:
         columns = {"image", "site", *manifest.layout.masks, *re.compile(manifest.layout.file_name).groupindex}
         assert {name for name in config.ingest.table.model_dump().values() if name} <= columns
-        assert config.ingest.target_names == {str(value): name for name, value in manifest.labels.items()}
+        by_value = {str(value): name for name, value in manifest.labels.items()}
+        assert config.ingest.target_names == (manifest.layout.target_names or by_value)
 
 
 @each
@@ -154,6 +155,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, change: dict, said: str) -> None:
         ({"file_name": r"^(?P<case_id>\d+)\.png$"}, "patient_id"),
         ({"target": "sex"}, "target 'sex'"),
         ({"target": None}, "give labels together"),
+        ({"target_names": {"0": "normal"}}, "layout.target_names must name the classes"),
         ({"labels": "x/{case_id}.png"}, "give labels for segmentation, or target"),
         ({"masks": {"lung": "masks/lung.png"}}, "masks"),
         ({"class_cases": {"normal": 1, "ill": 2}}, "class_cases"),

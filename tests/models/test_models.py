@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from medseg.bundle import load_bundle, save_bundle
 from medseg.config import validate_config
 from medseg.files import UserError
+from medseg.losses import WithLosses
 from medseg.models import MODELS, build_model
 from medseg.models.features import features_and_logits
 from medseg.plan import Plan
@@ -29,6 +30,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "reversible_unet": {"channels": (4, 8, 16), "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
     "densenet": {"init_features": 8, "growth_rate": 4, "block_config": (2, 2)},
     "resnet": {"depth": 18, "init_features": 4},
+    "two_stage": {
+        "backbones": (
+            {"name": "densenet", "init_features": 8, "growth_rate": 4, "block_config": (2, 2)},
+            {"name": "resnet", "depth": 18, "init_features": 4},
+        ),
+        "hidden": 32,
+        "code": 16,
+        "classifier": (12,),
+    },
 }
 VISION: dict[str, dict[str, Any]] = {
     "vgg": {},
@@ -47,6 +57,7 @@ FEATURES = {
     "reversible_unet": 32,  # the first expansion going up: 4 × 8
     "densenet": 16,
     "resnet": 32,
+    "two_stage": 12,
     "vgg": 4096,
     "inception_v3": 2048,
     "squeezenet": 512,
@@ -72,6 +83,11 @@ def build(name: str, dims: int = 2, in_channels: int = 2) -> nn.Module:
         raise
 
 
+def logits_of(output: Tensor | WithLosses) -> Tensor:
+    """What a network puts out, in training too."""
+    return output.logits if isinstance(output, WithLosses) else output
+
+
 def image(name: str, dims: int, batch: int = 2, in_channels: int = 2) -> Tensor:
     config = MODELS[name][0](**{**SMALL, **VISION}[name])
     size = config.legal_size((32 if config.classifies else 8,) * dims)
@@ -85,10 +101,11 @@ def test_every_network_is_tested_here() -> None:
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_a_step_moves_every_weight_and_the_batch_is_not_mixed(name: str, dims: int) -> None:
     net, x = build(name, dims), image(name, dims)
-    logits = net(x)
+    output = net(x)
+    logits, own = logits_of(output), output.losses if isinstance(output, WithLosses) else {}
     classifies = MODELS[name][0].classifies
     assert logits.shape == ((2, 3) if classifies else (2, 3, *x.shape[2:]))
-    (logits - torch.randn_like(logits)).square().mean().backward()
+    (logits - torch.randn_like(logits)).square().mean().add(sum(own.values())).backward()
     bad = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert bad == []
     still = [n for n, p in net.named_parameters() if name not in VISION and not p.grad.any()]
@@ -220,13 +237,13 @@ def test_sizes_said_to_be_legal_are_and_others_are_not(name: str) -> None:
     assert config.legal_size(config.legal_size((1, 1))) == config.legal_size((1, 1))
     net = build(name)
     smallest = config.legal_size((1, 1))
-    assert net(torch.randn(2, 2, *smallest)).isfinite().all()
+    assert logits_of(net(torch.randn(2, 2, *smallest))).isfinite().all()
     if divisor > 1:
         wrong = (smallest[0] + 1, smallest[1])
         assert config.legal_size(wrong) == (smallest[0] + divisor, smallest[1])
         assert f"set it to {config.legal_size(wrong)}" in str(config.size_problem(wrong))
         with contextlib.suppress(RuntimeError, ValueError):  # most refuse; the others give logits of another size
-            assert net(torch.randn(2, 2, *wrong)).shape[2:] != wrong
+            assert logits_of(net(torch.randn(2, 2, *wrong))).shape[2:] != wrong
 
 
 def test_without_torchvision_the_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

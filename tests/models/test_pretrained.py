@@ -134,6 +134,12 @@ def test_torchvisions_names_of_a_densenet_are_known(tmp_path: Path, old: bool) -
     save_file(renamed, tmp_path / "w.safetensors")
     load_pretrained(net, DenseNetConfig(weights=str(tmp_path / "w.safetensors"), **DENSENET))
     assert torch.equal(logits(net), logits(source))
+    backbone = net_of("densenet")
+    for one in (backbone, source):
+        one.set_submodule("class_layers.out", torch.nn.Identity())
+    headless = DenseNetConfig(weights=str(tmp_path / "w.safetensors"), weights_skip=("class_layers.out",), **DENSENET)
+    load_pretrained(backbone, headless)
+    assert torch.equal(logits(backbone), logits(source))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from medseg.data.preprocess import normalise_inplace
 from medseg.files import UserError
 from medseg.images import write_nifti
 from medseg.plan import Plan, read_plan, write_plan
-from medseg.train.budget import Candidate, Chooser, Measured, TooLarge, fit_law
+from medseg.train.budget import Chooser
 from medseg.train.device import peak_memory_gb
 from medseg.train.draft import draft_plan
 from medseg.train.fingerprint import measure_cohort, target_spacing
+from medseg.train.memory_law import Candidate, Measured, TooLarge, fit_law
 from medseg.train.planning import make_plan, measured_plan, plan_to_train
 from medseg.train.pooling import divisors_of, pool_by_axis, stages_by_axis
 from medseg.train.probe import shrink_patch
@@ -87,11 +88,17 @@ def test_class_balance_and_volumes(tmp_path: Path) -> None:
         tiny_config().task,
     )
     assert found.classes["anterior"] == {
+        "annotated": 4,
         "voxel_share": 0.01,
         "cases": 4,
         "volume_ml": {"mean": pytest.approx(0.06), "sd": 0.0},
     }
-    assert found.classes["posterior"] == {"voxel_share": 0.0, "cases": 0, "volume_ml": {"mean": 0.0, "sd": 0.0}}
+    nothing = {"annotated": 4, "voxel_share": 0.0, "cases": 0, "volume_ml": {"mean": 0.0, "sd": 0.0}}
+    assert found.classes["posterior"] == nothing
+    partly = [replace(case, annotated="posterior" if number else "") for number, case in enumerate(cohort.cases)]
+    found = measure_cohort(cohort, partly, tiny_config().task)
+    assert (found.classes["anterior"]["annotated"], found.classes["posterior"]["annotated"]) == (1, 4)
+    assert found.classes["anterior"]["voxel_share"] == 0.01, "of the voxels of the one case that tells of it"
 
 
 def test_classes_of_a_classification_task(tmp_path: Path) -> None:
