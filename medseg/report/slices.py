@@ -117,7 +117,7 @@ def load_scene(
         _read_grid(label, image.array.shape) if label else None,
         _read_grid(pred, image.array.shape) if pred else None,
         _read_heat(explanation, image.array.shape) if explanation else None,
-        _read_grid(lungs, image.array.shape) if lungs else None,
+        lungs=_read_grid(lungs, image.array.shape) if lungs else None,
     )
 
 
@@ -134,7 +134,7 @@ def load_map(explanation: Path, pred: Path | None, preview: Path | None, lungs: 
     if preview is not None and preview.is_file() and ground.ndim == 2:
         ground = _fitted(read_image(preview).array, ground)
     masks = [_read_grid(path, ground.shape) if path else None for path in (pred, lungs)]
-    return Scene(ground, affine, None, masks[0], heat, masks[1])
+    return Scene(ground, affine, None, masks[0], heat, lungs=masks[1])
 
 
 def is_withheld(explanation: Path) -> bool:
