@@ -15,7 +15,7 @@ from medseg.config.classifiers import (
     VGGConfig,
 )
 from medseg.config.fields import Strict
-from medseg.config.ingest import FindingCode, IngestConfig, SplitConfig, TableConfig
+from medseg.config.ingest import ExamUnit, FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
 from medseg.config.lungs import LungsConfig
 from medseg.config.models import (
@@ -23,6 +23,7 @@ from medseg.config.models import (
     DynUNetConfig,
     MedNeXtConfig,
     ModelConfig,
+    PriorUNetConfig,
     ReversibleUNetConfig,
     SegResNetConfig,
     SwinUNETRConfig,
@@ -31,6 +32,7 @@ from medseg.config.models import (
 )
 from medseg.config.network import NetworkConfig
 from medseg.config.results import (
+    ChangeConfig,
     CodeConfig,
     ExplainChecksConfig,
     ExplainConfig,
@@ -44,30 +46,37 @@ from medseg.config.results import (
     TrackingConfig,
 )
 from medseg.config.training import (
+    AppearanceConfig,
     AugmentConfig,
     BinaryCrossEntropyConfig,
     CrossEntropyConfig,
     DiceCEConfig,
     LossConfig,
     PlanConfig,
+    PretrainConfig,
+    PriorConfig,
+    StyleConfig,
     TrainConfig,
 )
 from medseg.config.tree import Config, TaskConfig
 from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
+    "AppearanceConfig",
     "AttentionUNetConfig",
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
     "BackboneConfig",
     "BinaryCrossEntropyConfig",
+    "ChangeConfig",
     "CodeConfig",
     "Config",
     "CrossEntropyConfig",
     "DenseNetConfig",
     "DiceCEConfig",
     "DynUNetConfig",
+    "ExamUnit",
     "ExplainChecksConfig",
     "ExplainConfig",
     "ExportConfig",
@@ -84,6 +93,9 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "PretrainConfig",
+    "PriorConfig",
+    "PriorUNetConfig",
     "RankConfig",
     "ReportConfig",
     "ResNetConfig",
@@ -93,6 +105,7 @@ __all__ = [
     "SplitConfig",
     "SqueezeNetConfig",
     "Strict",
+    "StyleConfig",
     "SwinUNETRConfig",
     "TableConfig",
     "TaskConfig",

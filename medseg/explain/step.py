@@ -200,8 +200,9 @@ class _Maker:
             (folder / name).unlink(missing_ok=True)
         scan = self.scans.find(case_id, result)
         pred = _read_pred(self.predictions / case_id)
-        prepared = prepare(self._visible(case_id, scan.channels), self.plan, pred)
-        map_net, about = self._explain(prepared, result, self._region(case_id, scan.channels[0]))
+        channels = self._visible(case_id, scan.channels)
+        prepared = prepare(channels, self.plan, pred)
+        map_net, about = self._explain(prepared, result, self._region(case_id, channels[0]))
         map_scan = restore_map(map_net, prepared)
         about |= {"raw_min": float(map_scan.min()), "raw_max": float(map_scan.max())}
         about |= {"evidence": about["raw_max"] > 0, "made_from": made_from}

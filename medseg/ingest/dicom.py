@@ -139,6 +139,7 @@ def _source(
         affine=affine,
         windowed=radiograph and config.radiograph_window == "voi",
         slices=() if radiograph else tuple((at[member.path], member.frame) for member in members),
+        study_date=first.study_date,
     )
 
 

@@ -18,7 +18,7 @@ from medseg.ingest.scan import Refused
 
 _HEADER_TAGS = [
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "InstitutionName", "Modality", "ImageType"),
-    *("StudyInstanceUID", "FrameOfReferenceUID"),
+    *("StudyInstanceUID", "FrameOfReferenceUID", "StudyDate"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "InstanceNumber", "SeriesDescription"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
@@ -70,6 +70,7 @@ class Header:
     description: str = field(default="", repr=False)
     study_uid: str = field(default="", repr=False)
     frame_uid: str = field(default="", repr=False)
+    study_date: str = field(default="", repr=False)
     traits: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -301,4 +302,5 @@ def _header(path: Path, root: Path, data: Any, sop_class: str) -> Header:
         description=str(data.get("SeriesDescription") or ""),
         study_uid=str(data.get("StudyInstanceUID") or ""),
         frame_uid=str(data.get("FrameOfReferenceUID") or ""),
+        study_date=str(data.get("StudyDate") or ""),
     )

@@ -52,6 +52,7 @@ class Source:
         label: the label map that lies beside the channels, where `ingest.label_name` picks it.
         label_path: `ingest.label_path` with the groups of this case's path filled in.
         exam: order or date of the examination among those of its patient, as the path says; may identify.
+        study_date: of a DICOM header (YYYYMMDD), not shifted: it may order a batch, and is written nowhere.
     """
 
     case_id: str
@@ -73,6 +74,7 @@ class Source:
     label: Path | None = field(default=None, repr=False)
     label_path: str = field(default="", repr=False)
     exam: str = field(default="", repr=False)
+    study_date: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

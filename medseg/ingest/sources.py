@@ -27,6 +27,7 @@ from medseg.ingest import (
     nifti,
     radiograph,
 )
+from medseg.ingest.bids import bids_files
 from medseg.ingest.plain_files import NIFTI, PICTURE, File, name_of, plain_sources
 from medseg.ingest.scan import Refused, Scan, Source
 from medseg.volume import Volume
@@ -217,21 +218,7 @@ def _layout_files(folder: Path, root: Path) -> list[File] | None:
             suffixed = about.is_file() and "channel_names" in (read_json(about) or {})
             paths = sorted(path for path in (folder / images).rglob("*") if path.is_file() and _wanted(path))
             return [File(path, root, folder / labels, suffixed) for path in paths]
-    subjects = sorted(path for path in folder.glob("sub-*") if path.is_dir())
-    found = [
-        File(path, root, patient=subject.name, exam=_session(path.relative_to(root)))
-        for subject in subjects
-        for pattern in ("anat/*_T1w.nii*", "ses-*/anat/*_T1w.nii*")
-        for path in sorted(subject.glob(pattern))
-        if _wanted(path)
-    ]
-    return found or None
-
-
-def _session(path: Path) -> str:
-    """The name of the BIDS session that a file belongs to, without `ses-`; empty where there is none."""
-    sessions = [part.removeprefix("ses-") for part in path.parts if part.startswith("ses-")]
-    return sessions[-1] if sessions else ""
+    return [file for file in bids_files(folder, root) if _wanted(file.path)] or None
 
 
 def _wanted(path: Path) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import medseg
 from medseg.cohort import Case, Cohort, Finding, Reject, assign_splits, check_cases, write_cohort
 from medseg.config import Config
+from medseg.exams import exam_days
 from medseg.files import UserError, dump_json, read_json, sha256_file, sha256_files, write_json, write_rows
 from medseg.images import write_nifti
 from medseg.ingest import deidentify, duplicates, quality
@@ -141,6 +142,7 @@ class _CaseMaker:
     names: Names
     resumed: list[str] = field(default_factory=list)
     prints: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
+    shifts: dict[str, str] = field(default_factory=dict, repr=False)
 
     def make_all(self, pairs: Sequence[tuple[Source, Truth]]) -> tuple[list[Case], list[Reject]]:
         """Case or reject of every source. A UserError (disk full) or Ctrl-C stops the rest."""
@@ -159,7 +161,9 @@ class _CaseMaker:
                     shown.advance()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        return list(duplicates.find(sorted(cases, key=lambda case: case.case_id), self.prints)), rejects
+        days = exam_days(cases, self.config.ingest.exam_unit, self.shifts)
+        placed = [replace(case, exam_day=days.get(case.case_id)) for case in sorted(cases, key=lambda c: c.case_id)]
+        return list(duplicates.find(placed, self.prints)), rejects
 
     def about(self) -> dict[str, object]:
         """What `cohort.json` tells of de-identification, and the percentiles of every image for the cohort's page."""
@@ -182,7 +186,10 @@ class _CaseMaker:
             return error.reject(source.name)
         patient = pseudonym(self.key, "patient", truth.patient) or source.patient_id or source.case_id
         site = self.names.site(truth.site) or source.site
-        exam = source.exam or case.exam  # else the date of a DICOM study, as the record has it
+        told = self.names.exam(truth.exam, truth.patient or source.patient_id)
+        exam = told or source.exam or case.exam  # else the date of a DICOM study, as the record has it
+        if self.names.keyed or source.source_kind == "dicom":
+            self.shifts[source.case_id] = (told and truth.patient) or source.patient_id or source.case_id
         return replace(case, patient_id=patient, site=site, exam=exam, split=truth.split, target=truth.target)
 
     def _write(self, source: Source, truth: Truth, digest: str) -> Case:

@@ -1,6 +1,7 @@
 """A bundle with its network in memory: one scan in, one prediction out. Knows no folders and no ledger."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from medseg.cohort import Finding
 from medseg.config import LungsConfig
 from medseg.data.lung_view import LungFields, LungView, visible
 from medseg.data.lungs import check
-from medseg.data.preprocess import Prepared, prepare
+from medseg.data.preprocess import Prepared, normalised_limit, prepare
+from medseg.data.prior import as_channels
 from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
 from medseg.label_sets import call_labels
 from medseg.models import build_from_config
 from medseg.models.ensemble import Ensemble
-from medseg.predict.flags import check_mask, check_scan, check_volumes
+from medseg.models.features import mean_features
+from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
 from medseg.predict.postprocess import apply_all
+from medseg.predict.priors import Prior
 from medseg.predict.trust import Trust, judge
 from medseg.predict.watching import watched
 from medseg.predict.windows import WorkingSet, segment_array
@@ -46,6 +50,8 @@ class Prediction:
         verdict: of a calibrated classifier, as `result.json` holds it: refer, do not refer or not assessable, with
             probability, score 0 to 100, threshold and the intervals of its sensitivity and specificity; else None.
         lungs: lung fields on the scan's own grid, of a classifier that looks for them; else None.
+        feature_distance: from the training cohort, see `medseg.feature_distance`; None where the bundle cannot tell.
+        windows: of a segmentation, see `WorkingSet`: `all`, of them `even`, and of these `air`.
     """
 
     mask: Volume | None
@@ -56,6 +62,8 @@ class Prediction:
     confidence: Mapping[str, Trust] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None
     lungs: LungFields | None = None
+    feature_distance: float | None = None
+    windows: Mapping[str, int] = field(default_factory=dict)
 
 
 class Predictor:
@@ -63,7 +71,7 @@ class Predictor:
 
     Args:
         device: by default a GPU where there is one, unless the bundle's config says `cpu`.
-        net: a network to use in place of the bundle's own weights.
+        net: a network to use in place of the bundle's own weights; nothing is known of the features of another one.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device | None = None, net: nn.Module | None = None) -> None:
@@ -71,6 +79,7 @@ class Predictor:
         self.device = device or choose_device(bundle)
         self.net = net.to(self.device).eval() if net is not None else load_network(bundle, self.device)
         self.lungs = view_of(bundle, self.device)
+        self._distance = bundle.distance if net is None else None
 
     def prepare(self, scan: Scan) -> Prepared:
         """The scan on the network's grid, with what the model is not to see of a radiograph black.
@@ -91,35 +100,86 @@ class Predictor:
         seen = visible(scan.channels, fields, self.lungs.config)
         return replace(prepare(seen, self.bundle.plan), lungs=fields)
 
+    @property
+    def takes_prior(self) -> bool:
+        """Whether the network takes the mask of an earlier examination."""
+        return self.bundle.config.model.takes_prior
+
     def predict(
-        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None = None
+        self,
+        scan: Scan,
+        prepared: Prepared,
+        announce: Callable[[WorkingSet], None] | None = None,
+        prior: Prior | None = None,
     ) -> Prediction:
         """Segment or classify a scan that `prepare` has prepared.
 
         Args:
             announce: is told what memory segmenting takes, before most of it is taken.
+            prior: the mask of an earlier examination, for a network that takes one.
         """
-        found = (*_warnings(scan), *check_scan(scan, self.bundle.plan))
-        task = self.bundle.config.task
-        if task.kind == "classification":
-            probs = self._classify(prepared)
-            called = call_labels(probs) if task.multi_label else called_class(probs, self.bundle.operating_point)
-            found = (*found, *(prepared.lungs.findings if prepared.lungs else ()))
-            verdict = self._verdict(scan, probs, prepared.lungs)
-            return Prediction(None, {}, probs, called, found, verdict=verdict, lungs=prepared.lungs)
-        temperatures = [float(member["temperature"]) for member in self.bundle.members] or [self.bundle.temperature]
-        with watched(self.net, temperatures) as watcher:
-            mask = self._cleaned(Volume(self._segment(prepared, announce), scan.channels[0].affine))
-        volumes_ml = measure_volumes(mask, self.bundle.labels) if scan.kind == "volume" else {}
-        trust = judge(watcher.features(self.bundle.labels), self.bundle.evidence)
-        flags = (*found, *check_mask(mask, self.bundle.labels), *check_volumes(volumes_ml, self.bundle.evidence))
-        if (limits := self.bundle.config.lungs) is not None:
+        with self._measuring() as measured:
+            if self._classifies:
+                said = self._classified(scan, prepared)
+            else:
+                said = self._segmented(scan, prepared, announce, prior)
+        distance = measured()
+        limit = self._distance.limit if self._distance is not None else None
+        found = (*_warnings(scan), *check_scan(scan, self.bundle.plan), *check_distance(distance, limit))
+        earlier = prior.findings if prior else ()
+        return replace(said, flags=(*found, *earlier, *said.flags), feature_distance=distance)
+
+    @property
+    def _classifies(self) -> bool:
+        return self.bundle.config.task.kind == "classification"
+
+    @contextmanager
+    def _measuring(self) -> Iterator[Callable[[], float | None]]:
+        """A function that gives, after the block, the distance of the one image that the network saw in it."""
+        distance = self._distance
+        if distance is None:
+            yield lambda: None
+            return
+        with mean_features(self.net, classifies=self._classifies) as members:
+
+            def measured() -> float | None:
+                seen = [features for member in members if (features := member.mean()) is not None]
+                return distance(seen) if len(seen) == len(members) else None
+
+            yield measured
+
+    def _classified(self, scan: Scan, prepared: Prepared) -> Prediction:
+        probs = self._classify(prepared)
+        multi_label = self.bundle.config.task.multi_label
+        called = call_labels(probs) if multi_label else called_class(probs, self.bundle.operating_point)
+        verdict, fields = self._verdict(scan, probs, prepared.lungs), prepared.lungs
+        flags = fields.findings if fields is not None else ()
+        return Prediction(None, {}, probs, called, flags, verdict=verdict, lungs=fields)
+
+    def _segmented(
+        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None, prior: Prior | None
+    ) -> Prediction:
+        bundle, told = self.bundle, list[WorkingSet]()
+
+        def listen(found: WorkingSet) -> None:
+            told.append(found)
+            if announce is not None:
+                announce(found)
+
+        temperatures = [float(member["temperature"]) for member in bundle.members] or [bundle.temperature]
+        with watched(self.net, temperatures, bundle.config.predict.mirror_axes) as watcher:
+            mask = self._cleaned(Volume(self._segment(prepared, listen, prior), scan.channels[0].affine))
+        volumes_ml = measure_volumes(mask, bundle.labels) if scan.kind == "volume" else {}
+        trust = judge(watcher.features(bundle.labels), bundle.evidence)
+        flags = (*check_mask(mask, bundle.labels), *check_volumes(volumes_ml, bundle.evidence))
+        if (limits := bundle.config.lungs) is not None:
             flags = (*flags, *check(mask.array.astype(np.bool_), limits))
-        return Prediction(mask, volumes_ml, {}, "", flags, trust)
+        windows = {"all": told[0].windows, "even": told[0].even, "air": told[0].air}
+        return Prediction(mask, volumes_ml, {}, "", flags, trust, windows=windows)
 
     def segment(self, image: Volume) -> NDArray[Any]:
         """The label map of a radiograph on its own grid, as `predict` makes it."""
-        labels = self._segment(prepare([image], self.bundle.plan), None)
+        labels = self._segment(prepare([image], self.bundle.plan), lambda found: None, None)
         return self._cleaned(Volume(labels, image.affine)).array
 
     def predict_file(self, path: Path) -> Prediction:
@@ -135,23 +195,28 @@ class Predictor:
         except Refused as error:
             raise UserError(f"{path}: {error.reason}") from error
 
-    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None] | None) -> NDArray[Any]:
+    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None], prior: Prior | None) -> NDArray[Any]:
         plan, config = self.bundle.plan, self.bundle.config.predict
-        native = prepared.native_shape
-        volume = len(native) == 3
+        image = torch.from_numpy(prepared.image)
+        if prior is not None and prior.codes is not None:
+            codes = torch.from_numpy(prior.codes.astype(np.int32))[None, None]
+            image = torch.cat([image, as_channels(codes, self.bundle.config.task.out_channels)[0]])
+        covered = prepared.covered_shape
+        volume = len(covered) == 3
         axes = closest_axes(prepared.native_affine)[0] if volume else range(2)
         labels = segment_array(
             self.net,
-            prepared.image,
+            image,
             plan.patch_size,
             config.overlap,
-            out_shape=tuple(native[axis] for axis in axes),
+            out_shape=tuple(covered[axis] for axis in axes),
             memory_gb=config.memory_gb,
             window_batch=config.window_batch,
             mirror_axes=config.mirror_axes,
+            air_below=normalised_limit(config.air_below, plan),
             announce=announce,
         )
-        return from_canonical(labels, prepared.native_affine) if volume else labels
+        return from_canonical(labels, prepared.native_affine) if volume else prepared.onto_scan(labels)
 
     def _cleaned(self, mask: Volume) -> Volume:
         """With the post-processing that the bundle's own evidence speaks for; without any, the mask as it is."""

@@ -104,6 +104,7 @@ def _facts(cohort: Cohort, rejects: int) -> list[tuple[str, str]]:
     facts = [
         ("Cases", str(len(cases))),
         ("Patients", str(len({case.patient_id for case in cases}))),
+        ("Examined on several days", _followed(cases)),
         ("Refused", str(rejects)),
         ("Sites", str(len(sites)) if sites else ""),
         ("With label", str(sum(bool(case.label or case.target) for case in cases))),
@@ -114,6 +115,16 @@ def _facts(cohort: Cohort, rejects: int) -> list[tuple[str, str]]:
         ("Cohort", cohort.sha256[:12]),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _followed(cases: Sequence[Case]) -> str:
+    """How many patients were; empty where none is known to have been."""
+    days: dict[str, set[int]] = defaultdict(set)
+    for case in cases:
+        if case.exam_day is not None:
+            days[case.patient_id].add(case.exam_day)
+    count = sum(len(found) > 1 for found in days.values())
+    return f"{count} patients" if count else ""
 
 
 def _tally(values: Iterable[str]) -> str:
