@@ -95,6 +95,8 @@ class Scan:
             i (after the correction of gantry tilt, the same plane on another grid).
         source_sha256: hash of their bytes.
         findings: what the reader noticed; `medseg.ingest.quality` adds what the pixels show.
+        lung_mask: file of the label map that a cohort keeps with a radiograph, on its grid; read by classifiers that
+            take their lung masks from the cohort, and by nobody else.
     """
 
     case_id: str
@@ -106,6 +108,7 @@ class Scan:
     source_files: tuple[Path, ...] = field(repr=False)
     source_sha256: str
     findings: tuple[Finding, ...] = ()
+    lung_mask: Path | None = field(default=None, repr=False)
 
 
 def safe_name(text: str) -> str:
