@@ -38,7 +38,7 @@ from medseg.explain.ranking import Candidate, candidates_of, measure_candidate, 
 from medseg.explain.targets import make_score
 from medseg.explain.window import choose_window, cut
 from medseg.images import read_image
-from medseg.predict import load_network
+from medseg.predict import load_network, view_of
 from medseg.volume import Volume
 
 
@@ -74,6 +74,7 @@ def probes(
     bundle: Bundle, net: nn.Module, cohort: Cohort, split: str, target: str | None, lesions: Path | None
 ) -> Iterator[tuple[Probe, Case, np.ndarray | None]]:
     """One probe per usable case of the split, with the mask of its lesion on the network's grid if there is one."""
+    view = view_of(bundle)
     for case in cohort.split(split):
         lesion = lesions / f"{case.case_id}.png" if lesions else None
         if lesion is not None and not lesion.is_file():
@@ -83,7 +84,8 @@ def probes(
         mask = read_image(mask_path).array.astype(np.uint8) if mask_path else None
         if lesion is not None and mask is not None and not mask.any():
             continue
-        prepared = prepare(channels, bundle.plan, None if mask is None else Volume(mask, channels[0].affine))
+        seen = view.show(channels, cohort.label_path(case)) if view is not None else channels
+        prepared = prepare(seen, bundle.plan, None if mask is None else Volume(mask, channels[0].affine))
         name = target or case.target or next(iter(bundle.labels))
         yield _probe(bundle, net, prepared, bundle.labels[name]), case, _mask_of(bundle, prepared, bundle.labels[name])
 

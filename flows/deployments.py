@@ -27,7 +27,7 @@ from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
-from flows import SETTINGS, road, steps, watch_pacs
+from flows import SETTINGS, compare, road, steps, watch_pacs
 from medseg import __version__
 from medseg.files import UserError
 from medseg.result import Result
@@ -59,6 +59,7 @@ OFFERS = (
     _Offer(steps.plan_flow, {"config": "hippocampus", "cohort": _COHORT}),
     _Offer(steps.train_flow, {"config": "hippocampus", "cohort": _COHORT}, "0 22 * * 6", 1),
     _Offer(steps.cross_validate_flow, {"config": "hippocampus", "cohort": _COHORT}),
+    _Offer(compare.compare_flow, {"cohort": "cohorts/tb", "lungs_cohort": "cohorts/lungs"}, at_once=1),
     _Offer(steps.evaluate_flow, {"model": _MODEL, "cohort": _COHORT}),
     _Offer(steps.audit_flow, {"model": "models:/tb_radiograph/latest", "cohort": "cohorts/tb"}),
     _Offer(

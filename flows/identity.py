@@ -41,8 +41,8 @@ def current_run_id() -> str:
 
 def can_go_on(workspace: Path, run_id: str) -> bool:
     """Whether there is such a run and something to go on from: a batch keeps its cases, a training its checkpoints,
-    a cross-validation its folds."""
-    if any((workspace / "runs").glob(f"{run_id}-fold*/run.json")):
+    a cross-validation its folds and a comparison its models."""
+    if any((workspace / "runs").glob(f"{run_id}-*/run.json")):
         return True
     with suppress(UserError):
         run = find_run(workspace, run_id)

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from medseg.bundle import Bundle, check_target, load_bundle, with_weights
 from medseg.cohort import Case, Cohort, read_cohort
+from medseg.data.lung_view import LungView
 from medseg.data.preprocess import prepare
 from medseg.files import UserError
 from medseg.images import read_image
 from medseg.models.batch_norm import Reestimated, batch_norms, reestimate
 from medseg.models.ensemble import Ensemble
 from medseg.plan import Plan
-from medseg.predict import load_network
+from medseg.predict import load_network, view_of
 from medseg.progress import progress
 from medseg.result import Result
 from medseg.runs import create_run
 from medseg.tracking import track
+from medseg.volume import Volume
 
 MOST_CASES = 500
 """More cases are thinned evenly: means and variances of thousands of pixels an image gain nothing from them."""
@@ -49,7 +51,7 @@ def run(model: str, cohort_dir: Path, workspace: Path, *, split: str | None = No
     bundle, cohort = load_bundle(model, workspace), read_cohort(cohort_dir)
     nets = _networks(bundle)
     cases = _cases(bundle, cohort, split)
-    batches = load_batches(bundle.plan, cohort, cases, next(nets[0].parameters()).device)
+    batches = load_batches(bundle.plan, cohort, cases, next(nets[0].parameters()).device, view_of(bundle))
     found = [reestimate(net, batches) for net in nets]
     config = bundle.config
     facts = {"step": "adapt", "seed": config.seed, "cohort_sha256": cohort.sha256, "bundle_sha256": bundle.sha256}
@@ -79,8 +81,17 @@ def run(model: str, cohort_dir: Path, workspace: Path, *, split: str | None = No
     return Result("models", "done", paths, figures, folder.id, text=text).write(folder.path)
 
 
-def load_batches(plan: Plan, cohort: Cohort, cases: Sequence[Case], device: torch.device | None = None) -> list[Tensor]:
+def load_batches(
+    plan: Plan,
+    cohort: Cohort,
+    cases: Sequence[Case],
+    device: torch.device | None = None,
+    lungs: LungView | None = None,
+) -> list[Tensor]:
     """The prepared images of the cases in about equal batches of at most 16, none of a single image.
+
+    Args:
+        lungs: what the network sees of a radiograph; by default all.
 
     Raises:
         UserError: fewer than two cases, images of several sizes, or one that is missing or damaged.
@@ -89,7 +100,8 @@ def load_batches(plan: Plan, cohort: Cohort, cases: Sequence[Case], device: torc
         raise UserError(f"{cohort.folder} has {len(cases)} cases to adapt to; take two or more.")
 
     def ready(case: Case) -> NDArray[np.float32]:
-        return prepare([read_image(path) for path in cohort.image_paths(case)], plan).image
+        channels: Sequence[Volume] = [read_image(path) for path in cohort.image_paths(case)]
+        return prepare(lungs.show(channels, cohort.label_path(case)) if lungs is not None else channels, plan).image
 
     images = []
     with ThreadPoolExecutor(2) as pool, progress("Preparing cases", len(cases)) as shown:

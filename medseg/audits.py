@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from medseg.bundle import Bundle, load_bundle
 from medseg.calibrations import add_verdict
-from medseg.cohort import Case, Cohort
-from medseg.config import AuditConfig, apply_override, validate_config
+from medseg.cohort import Cohort
+from medseg.config import AuditConfig, LungsConfig, apply_override, validate_config
+from medseg.data.lung_view import load_lung_model, read_mask
 from medseg.evaluate.audit import step
 from medseg.evaluate.audit.model_items import SiteScore, score_sites
 from medseg.evaluate.audit.step import Elsewhere
@@ -21,8 +22,7 @@ from medseg.evaluate.audit.subject import FindLungs, Subject, sample_cases
 from medseg.evaluate.calibrate import positive_class
 from medseg.evaluate.scoring import Scorer
 from medseg.files import UserError, read_json
-from medseg.images import read_image
-from medseg.predict import load_network, segment_array
+from medseg.predict import Predictor, load_network, view_of
 from medseg.result import Result
 from medseg.runs import RunFolder, create_run, find_run
 from medseg.tracking import Tracker, record_audit, track
@@ -84,6 +84,12 @@ def _settings(bundle: Bundle, overrides: Sequence[str]) -> AuditConfig:
             f"model {bundle.name!r} has task.multi_label true, and an audit is about one class; train and audit a "
             "model of the label in question."
         )
+    lungs = bundle.config.lungs
+    if lungs is not None and lungs.mask != "none" and not lungs.model:
+        raise UserError(
+            f"model {bundle.name!r} sees lungs by the masks of its cohort, and an audit changes the images; train it "
+            "with lungs.model."
+        )
     tree = bundle.config.model_dump(mode="json")
     for override in overrides:
         name = override.partition("=")[0].removeprefix("audit.")
@@ -102,51 +108,37 @@ def _subject(bundle: Bundle, cohort: Cohort, split: str, config: AuditConfig, wo
         )
     labelled = [case for case in cohort.cases if case.target in bundle.labels]
     return Subject(
-        Scorer(load_network(bundle), bundle.plan),
+        Scorer(load_network(bundle), bundle.plan, view_of(bundle)),
         cohort,
         sample_cases([case for case in cohort.split(split) if case.target in bundle.labels], config.max_cases),
         sample_cases(labelled, config.max_cases),
         bundle.labels,
         bundle.verdict or Verdict(positive, "temperature", 0.5),
         config,
-        _find_lungs(config.lungs, workspace),
+        _find_lungs(config.lungs, bundle.lungs, workspace),
+        bundle.config.lungs or LungsConfig(),
     )
 
 
-def _find_lungs(where: str, workspace: Path) -> FindLungs | None:
-    """Lung fields from a folder of masks `<case_id>.png`, or by a segmentation model."""
-    if not where:
-        return None
+def _find_lungs(where: str, own: Bundle | None, workspace: Path) -> FindLungs | None:
+    """Lung fields from a folder of masks `<case_id>.png`, or by a segmentation model, such as the classifier's own."""
     folder = Path(where)
-    if folder.is_dir() and not any((place / "bundle.json").is_file() for place in (folder, folder / "bundle")):
-        return lambda case, image: _read_mask(folder / f"{case.case_id}.png", image)
-    bundle = load_bundle(where, workspace)
-    if bundle.config.task.kind != "segmentation" or bundle.config.task.spatial_dims != 2:
-        raise UserError(
-            f"audit.lungs {where!r} is no segmentation model of radiographs; name one, or a folder of masks."
-        )
-    net = load_network(bundle)
-
-    def segment(case: Case, image: Volume) -> NDArray[np.generic]:
-        from medseg.data.preprocess import prepare
-
-        prepared = prepare([image], bundle.plan)
-        overlap = bundle.config.predict.overlap
-        labels = segment_array(net, prepared.image, bundle.plan.patch_size, overlap, out_shape=prepared.covered_shape)
-        return prepared.onto_scan(labels > 0)
-
-    return segment
+    holds_bundle = any((place / "bundle.json").is_file() for place in (folder, folder / "bundle"))
+    if where and folder.is_dir() and not holds_bundle:
+        return lambda case, image: _read_grey(folder / f"{case.case_id}.png", image)
+    model = load_lung_model(where, workspace, "audit.lungs") if where else own
+    if model is None:
+        return None
+    predictor = Predictor(model)
+    return lambda case, image: predictor.segment(image)
 
 
-def _read_mask(path: Path, image: Volume) -> NDArray[np.generic] | None:
+def _read_grey(path: Path, image: Volume) -> NDArray[np.bool_] | None:
+    """Inside is above half of the brightest value; None where there is no file."""
     if not path.is_file():
         return None
-    mask = read_image(path).array
-    if mask.shape != image.array.shape:
-        raise UserError(
-            f"{path} has shape {mask.shape}, its image {image.array.shape}; give masks on the images' grid."
-        )
-    return mask
+    mask = np.asarray(read_mask(path, image))
+    return mask > float(mask.max()) / 2
 
 
 def _leave_sites_out(bundle: Bundle, subject: Subject, workspace: Path) -> list[SiteScore]:
@@ -163,7 +155,7 @@ def _leave_sites_out(bundle: Bundle, subject: Subject, workspace: Path) -> list[
         plain = Verdict(subject.verdict.positive, "temperature", 0.5)
         other = replace(
             subject,
-            scorer=Scorer(load_network(trained), trained.plan),
+            scorer=Scorer(load_network(trained), trained.plan, view_of(trained)),
             verdict=trained.verdict or plain,
             cohort=without,
         )
@@ -196,6 +188,7 @@ def _train_without(bundle: Bundle, cohort: Cohort, site: str, epochs: int | None
     folder = find_run(workspace, run_id) if begun else create_run(workspace, f"without-{slug}", run_id, **facts)
     saved = any((folder.path / "checkpoints").glob("step_*.pt"))
     with track(folder, tracking, tags={"medseg.step": "audit", "medseg.left_out": slug}, resume=begun) as tracker:
-        made = train_step.run(config, cohort, bundle.plan, folder, tracker, resume=saved)
+        lungs = view_of(bundle)
+        made = train_step.run(config, cohort, bundle.plan, folder, tracker, resume=saved, lungs=lungs)
         add_verdict(made.paths["bundle"], cohort, tracker)
     return load_bundle(run_id, workspace)

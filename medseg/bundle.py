@@ -5,6 +5,9 @@ its activation maps were measured `explanation.json`, where a distance from the 
 `distance.safetensors`, and `bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is
 pickled, and nothing of it is used before its hash is checked.
 
+A classifier that looks for lung fields carries its lung model in `lungs/`, a bundle of its own that `bundle.json` names
+by hash.
+
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
 """
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
 VERDICT, EXPLANATION, DISTANCE = "verdict.json", "explanation.json", "distance.safetensors"
+LUNGS = "lungs"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -62,6 +66,7 @@ class Bundle:
         facts: the content of `bundle.json`.
         verdict: calibration and operating point of a classifier; None for other models and bundles without one.
         distance: how far a scan lies from the training cohort; None for bundles without it.
+        lungs: the lung model of a classifier that has one.
     """
 
     folder: Path
@@ -72,6 +77,7 @@ class Bundle:
     facts: Mapping[str, Any] = field(repr=False)
     verdict: Verdict | None = None
     distance: CohortDistance | None = field(default=None, repr=False)
+    lungs: "Bundle | None" = None
 
     @property
     def name(self) -> str:
@@ -163,6 +169,7 @@ def save_bundle(
     attached: Mapping[str, str] | None = None,
     verdict: Verdict | None = None,
     distance: CohortDistance | None = None,
+    lungs: Bundle | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
@@ -175,6 +182,7 @@ def save_bundle(
         members: facts of each joined fold, in the order of the weights. evidence: see `Bundle.evidence`.
         attached: more files, by name, with their text.
         distance: of each network, in the order of the weights.
+        lungs: the lung model, which is copied.
 
     Raises:
         UserError: the folder cannot be written.
@@ -199,7 +207,10 @@ def save_bundle(
         facts["members"] = [{**about, "weights": name} for about, name in zip(members, states, strict=True)]
         facts["evidence"] = evidence or {}
     others = [*states, *(attached or {})]
+    if lungs is not None:
+        facts["lungs"] = lungs.identity()
     with _new_folder(folder) as part:
+        _copy_lungs(lungs, part)
         for name, state in states.items():
             write_weights(part / name, state)
         for name, text in (attached or {}).items():
@@ -264,6 +275,7 @@ def _rewritten(
     with _new_folder(folder) as part:
         for name in kept:
             shutil.copyfile(bundle.folder / name, part / name)
+        _copy_lungs(bundle.lungs, part)
         if explanation is not None:
             kept.append(write_json(part / EXPLANATION, explanation).name)
         _write_about(part, facts, config, bundle.plan, verdict, kept)
@@ -294,6 +306,7 @@ def with_weights(
             write_weights(part / name, state)
         for name in kept:
             shutil.copyfile(bundle.folder / name, part / name)
+        _copy_lungs(bundle.lungs, part)
         _write_about(part, facts, bundle.config, bundle.plan, None, [*names, *kept])
     return folder
 
@@ -314,8 +327,8 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     config = load_config(folder / "config.yaml")
     verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
     distance = read_distance(folder / DISTANCE) if DISTANCE in facts["files"] else None
-    plan = read_plan(folder / "plan.yaml")
-    return Bundle(folder, config, plan, config.task.labels, facts["sha256"], facts, verdict, distance)
+    plan, lungs = read_plan(folder / "plan.yaml"), _load_lungs(folder, facts)
+    return Bundle(folder, config, plan, config.task.labels, facts["sha256"], facts, verdict, distance, lungs)
 
 
 def find_bundle(name: str, workspace: Path) -> Path:
@@ -365,6 +378,25 @@ def check_target(folder: Path) -> None:
     """A bundle may take the place of nothing and of another bundle only. Raises UserError where it would of more."""
     if folder.exists() and not (folder / "bundle.json").is_file() and not _is_empty(folder):
         raise UserError(f"--out {folder} exists and is no bundle; name a new folder.")
+
+
+def copy_bundle(bundle_dir: Path, folder: Path) -> Path:
+    """The bundle under another name: copied beside it, then renamed; the hashes are checked when it is loaded.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    part = folder.with_name(f".part-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(bundle_dir, part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 def package_version() -> str:
@@ -450,6 +482,23 @@ def _verify(folder: Path, facts: Any) -> None:
             raise UserError(f"{path} is missing; copy the bundle again from its run.")
         if sha256_file(path) != digest:
             raise UserError(f"{path} differs from its hash in bundle.json; copy the bundle again from its run.")
+
+
+def _copy_lungs(lungs: Bundle | None, part: Path) -> None:
+    if lungs is not None:
+        shutil.copytree(lungs.folder, part / LUNGS)
+
+
+def _load_lungs(folder: Path, facts: Mapping[str, Any]) -> Bundle | None:
+    """The lung model in a bundle, if `bundle.json` names one."""
+    if not (named := facts.get("lungs")):
+        return None
+    if not (folder / LUNGS / "bundle.json").is_file():
+        raise UserError(f"{folder / LUNGS} is missing; copy the bundle again from its run.")
+    lungs = load_bundle(folder / LUNGS)
+    if lungs.sha256 != named["sha256"]:
+        raise UserError(f"{folder / LUNGS} is another model than bundle.json names; copy the bundle again.")
+    return lungs
 
 
 def _whole(files: object, needed: set[str]) -> bool:

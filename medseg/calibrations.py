@@ -13,7 +13,7 @@ from medseg.config import Config, apply_override, validate_config
 from medseg.evaluate.calibrate import CannotCalibrate, calibrate
 from medseg.evaluate.outcomes import reason_of
 from medseg.files import UserError
-from medseg.predict import load_network
+from medseg.predict import load_network, view_of
 from medseg.result import Result
 from medseg.runs import create_run
 from medseg.tracking import Tracker, track
@@ -48,6 +48,7 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
             bundle.config.verdict,
             split="val",
             trained_sites=sorted({case.site for case in cohort.cases if case.split in ("train", "val")}),
+            lungs=view_of(bundle),
         )
     except CannotCalibrate as error:
         reason = reason_of(error, cohort.folder.parent)
@@ -101,6 +102,7 @@ def run(
         split=split,
         trained_sites=bundle.trained_sites,
         new_site=split != "val",
+        lungs=view_of(bundle),
     )
     folder = create_run(workspace, f"calibrate-{config.name}", None, **facts)
     with track(folder, config.tracking, tags={"medseg.step": "calibrate"}) as tracker:

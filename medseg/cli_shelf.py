@@ -1,13 +1,13 @@
 """The verbs about things on a shelf: trained models and public datasets."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from medseg.command import CohortDir, ConfigArg, Json, ModelArg, Sets, Workspace, finish, next_command, workspace_of
 
-models_app = typer.Typer(help="Trained models: list, show, join, adapt, calibrate and more.", no_args_is_help=True)
+models_app = typer.Typer(help="Trained models: list, show, join, compare, adapt and more.", no_args_is_help=True)
 data_app = typer.Typer(help="Public datasets: list, show, fetch.", no_args_is_help=True)
 
 
@@ -57,6 +57,20 @@ def models_join(
 
     then = next_command("evaluate", "RUN", workspace, cohort="DIR")
     finish(lambda: folds.join(runs, workspace_of(workspace), out=out), as_json, then)
+
+
+@models_app.command("compare")
+def models_compare(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Evaluated models, by run id or bundle.")],
+    out: Annotated[Path, typer.Option(help="Folder of the table and its page.")],
+    split: Annotated[Literal["train", "val", "test", "folds"], typer.Option(help="Measured on what.")] = "test",
+    workspace: Workspace = None,
+    as_json: Json = False,
+) -> None:
+    """Put what several models measured side by side."""
+    from medseg import comparison
+
+    finish(lambda: comparison.run(models, workspace_of(workspace), out, split=split), as_json)
 
 
 @models_app.command("prune")

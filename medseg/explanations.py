@@ -11,7 +11,8 @@ from torch import nn
 from medseg.bundle import Bundle, load_bundle, with_explanation
 from medseg.cohort import Case, Cohort
 from medseg.config import ExplainConfig
-from medseg.data.preprocess import prepare
+from medseg.data.lung_view import visible
+from medseg.data.preprocess import Prepared, prepare
 from medseg.evaluate.audit.subject import sample_cases
 from medseg.evaluate.outcomes import reason_of
 from medseg.explain.hooks import frozen, logits_and_layer, stage_layers
@@ -20,9 +21,10 @@ from medseg.explain.ranking import Candidate, Figures, candidates_of, describe, 
 from medseg.explain.targets import make_score
 from medseg.files import UserError
 from medseg.images import read_image
-from medseg.predict import load_network
+from medseg.predict import load_network, view_of
 from medseg.progress import progress
 from medseg.tracking import Tracker
+from medseg.volume import Volume
 
 SCHEMA_VERSION = 1
 
@@ -82,20 +84,26 @@ def _measure(
 ) -> Mapping[Candidate, Sequence[Figures]]:
     config = bundle.config.explain
     measured: dict[Candidate, list[Figures]] = {}
+    view = view_of(bundle)
     with progress("Comparing explanations", len(cases)) as shown:
         for case in cases:
-            probe = _probe(bundle, net, [read_image(path) for path in cohort.image_paths(case)])
+            channels: Sequence[Volume] = [read_image(path) for path in cohort.image_paths(case)]
+            fields = view.find(channels[0], cohort.label_path(case)) if view is not None else None
+            if view is not None:
+                channels = visible(channels, fields, view.config)
+            prepared = prepare(channels, bundle.plan, fields.volume(channels[0]) if fields is not None else None)
+            probe = _probe(bundle, net, prepared)
             for candidate in measured or _candidates(config, probe):
-                found = measure_candidate(probe, candidate, config.checks, config.methods)
+                found = measure_candidate(probe, candidate, config.checks, config.methods, prepared.label)
                 measured.setdefault(candidate, []).append(found)
             shown.advance()
     return measured
 
 
-def _probe(bundle: Bundle, net: nn.Module, channels: Sequence[Any]) -> Probe:
+def _probe(bundle: Bundle, net: nn.Module, prepared: Prepared) -> Probe:
     """The network and one image, asked about the class that a map would be made of."""
     config = bundle.config
-    x_1CDHW = torch.from_numpy(prepare(channels, bundle.plan).image)[None].to(next(net.parameters()).device)
+    x_1CDHW = torch.from_numpy(prepared.image)[None].to(next(net.parameters()).device)
     with frozen(net), torch.no_grad():
         logits = net(x_1CDHW)
     target = None if config.explain.target is None else bundle.labels[config.explain.target]

@@ -5,13 +5,12 @@ network predicts it that has not seen it. The test split stays out of everything
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medseg.bundle import Bundle, check_target, load_bundle, read_weights, save_bundle
+from medseg.bundle import Bundle, check_target, copy_bundle, load_bundle, read_weights, save_bundle
 from medseg.cohort import Cohort, take_fold
 from medseg.config import Config, dump_config
 from medseg.evaluate import cross_validation, earned, trust
@@ -121,12 +120,13 @@ def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run
             members=[_member(fold) for fold in folds],
             evidence=evidence,
             attached=tables,
+            lungs=first.lungs,
             distance=join_distances([fold.bundle.distance for fold in folds]),
         )
         tracker.log_params({"members": [fold.run.id for fold in folds], "config": config.model_dump(mode="json")})
         tracker.log_metrics({name: float(v) for name, v in figures.items() if isinstance(v, int | float)}, step=0)
         tracker.log_bundle(bundle_dir, config.tracking.register_as)
-    paths = {"bundle": bundle_dir if out is None else _copy(bundle_dir, out), "run": folder.path}
+    paths = {"bundle": bundle_dir if out is None else copy_bundle(bundle_dir, out), "run": folder.path}
     told, rows = _told(figures, config.train.folds), cross_validation.rows(evidence)
     return Result("models", "done", paths, figures, folder.id, rows=rows, text=told).write(folder.path)
 
@@ -174,6 +174,8 @@ def _check_together(folds: Sequence[Fold]) -> None:
             raise UserError(f"the config of run {run!r} differs from that of {named} in more than train.fold.")
         if (other.plan.patch_size, *_grid(other)) != (first.plan.patch_size, *_grid(first)):
             raise UserError(f"the plan of run {run!r} differs from that of {named}; train it again with one plan.")
+        if other.facts.get("lungs") != first.facts.get("lungs"):
+            raise UserError(f"the lung model of run {run!r} differs from that of {named}; train both with one.")
 
 
 def _common(config: Config) -> Mapping[str, Any]:
@@ -219,18 +221,3 @@ def _told(figures: Mapping[str, object], folds: int) -> str:
     text += f"; missing: {', '.join(map(str, missing))}." if isinstance(missing, list) else "."
     chosen = ", ".join(map(str, used)) if isinstance(used, list) else "none is applied"
     return f"{text} Post-processing that out-of-fold predictions speak for: {chosen}.".replace("_", " ")
-
-
-def _copy(bundle_dir: Path, out: Path) -> Path:
-    """The bundle under a second name: copied beside it, then renamed; the hashes are checked when it is loaded."""
-    part = out.with_name(f".part-{out.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        shutil.copytree(bundle_dir, part)
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return out

@@ -2,7 +2,7 @@
 
 Empty masks, stated once (Maier-Hein et al. 2024, "Metrics reloaded", ask that this be settled before aggregation):
 
-| reference | prediction | dice | surface_dice | hd95_mm |
+| reference | prediction | dice, iou | surface_dice | hd95_mm |
 |---|---|---|---|---|
 | empty | empty | NaN | NaN | NaN |
 | one of them empty | | 0 | 0 | the diagonal of the field of view, the worst there is |
@@ -31,16 +31,19 @@ class MaskFigures:
     """All figures of one mask against its reference; units and conventions as in the functions of this module."""
 
     dice: float
+    iou: float
     hd95_mm: float
     surface_dice: float
     volume_error_ml: float
 
 
 def compare_masks(pred: Mask, ref: Mask, spacing_mm: tuple[float, ...], tolerance_mm: float = 1.0) -> MaskFigures:
-    """`dice`, `hd95_mm`, `surface_dice` and `volume_error_ml` with the surfaces found only once."""
+    """`dice`, `iou`, `hd95_mm`, `surface_dice` and `volume_error_ml` with the surfaces found only once."""
     to_ref, to_pred = surface_distances_mm(pred, ref, spacing_mm)
+    overlap = dice(pred, ref)
     return MaskFigures(
-        dice=dice(pred, ref),
+        dice=overlap,
+        iou=overlap / (2 - overlap),
         hd95_mm=_hd95(to_ref, to_pred, pred.shape, spacing_mm),
         surface_dice=_surface_dice(to_ref, to_pred, tolerance_mm),
         volume_error_ml=volume_error_ml(pred, ref, spacing_mm),

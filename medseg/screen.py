@@ -16,6 +16,7 @@ _ONLY_IF_ANY = {"resumed", "rejects", "rejected", "failed", "flagged", "done"}
 _FOR_MACHINES = {"cases_json", "summary"}
 _PER_LABEL = {
     "dice": "Dice",
+    "iou": "IoU",
     "hd95_mm": "HD95 (mm)",
     "surface_dice": "surface Dice",
     "volume_error_ml": "volume error (ml)",

@@ -77,8 +77,8 @@ def export_model(model: str, out: Path, workspace: Path) -> Result:
     bundle = load_bundle(model, workspace)
     if out.suffix == ".zip":
         with replacing(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(bundle.folder.iterdir()):
-                archive.write(file, f"{bundle.name}/{file.name}")
+            for file in sorted(path for path in bundle.folder.rglob("*") if path.is_file()):
+                archive.write(file, f"{bundle.name}/{file.relative_to(bundle.folder)}")
     elif out.suffix == ".pt2":
         _export_program(bundle.folder, out, workspace)
     else:

@@ -84,7 +84,10 @@ class Verdict:
         return "refer" if probability >= self.threshold else "do not refer"
 
     def as_result(self, probability: float | None, findings: Collection[str] = ()) -> dict[str, Any]:
-        """What `result.json` says of one case; `probability` is None for a scan that could not be used."""
+        """What `result.json` says of one case; `probability` is None for a scan that could not be used.
+
+        `withheld_for` names the findings that leave it not assessable.
+        """
         call: Call = "not assessable" if probability is None else self.call(probability, findings)
         assessed = call != "not assessable"
         return {
@@ -96,6 +99,7 @@ class Verdict:
             "sensitivity": self.point.get("sensitivity"),
             "specificity": self.point.get("specificity"),
             "calibration": self.id,
+            "withheld_for": sorted(code for code in findings if code in self.withhold),
         }
 
 

@@ -234,11 +234,11 @@ def test_an_audit_takes_no_limits_and_no_other_models(trained: tuple[Path, Path,
     cohort = read_cohort(cohort_dir)
     mask = np.ones(read_image(cohort.image_paths(cohort.cases[0])[0]).array.shape, np.uint8)
     write_png(tmp_path / "lungs" / f"{cohort.cases[0].case_id}.png", mask)
-    find = audits._find_lungs(str(tmp_path / "lungs"), place)
+    find = audits._find_lungs(str(tmp_path / "lungs"), None, place)
     assert find is not None
     image = read_image(cohort.image_paths(cohort.cases[0])[0])
     assert (find(cohort.cases[0], image) == mask).all()  # type: ignore[union-attr]
     assert find(Case("other", "p", ()), image) is None
     write_png(tmp_path / "lungs" / "other.png", mask[:-1])
-    with pytest.raises(UserError, match="on the images' grid"):
+    with pytest.raises(UserError, match="give a mask on its grid"):
         find(Case("other", "p", ()), image)

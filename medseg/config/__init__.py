@@ -17,6 +17,7 @@ from medseg.config.classifiers import (
 from medseg.config.fields import Strict
 from medseg.config.ingest import ExamUnit, FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
+from medseg.config.lungs import LungsConfig
 from medseg.config.models import (
     AttentionUNetConfig,
     DynUNetConfig,
@@ -83,6 +84,7 @@ __all__ = [
     "InceptionConfig",
     "IngestConfig",
     "LossConfig",
+    "LungsConfig",
     "MedNeXtConfig",
     "MethodConfig",
     "MethodName",

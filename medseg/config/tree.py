@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from medseg.config.fields import Strict
 from medseg.config.ingest import IngestConfig
+from medseg.config.lungs import LungsConfig
 from medseg.config.models import ModelConfig
 from medseg.config.results import ExplainConfig, ExportConfig, PredictConfig, ReportConfig, TrackingConfig
 from medseg.config.training import (
@@ -81,6 +82,7 @@ class Config(Strict):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ingest: IngestConfig = IngestConfig()
+    lungs: LungsConfig | None = None
     plan: PlanConfig = PlanConfig()
     augment: AugmentConfig = AugmentConfig()
     pretrain: PretrainConfig = PretrainConfig()
@@ -100,6 +102,7 @@ class Config(Strict):
             raise ValueError(f"model.name {self.model.name!r} does not fit task.kind {self.task.kind!r}")
         self._check_sizes()
         self._check_loss()
+        self._check_lungs()
         if self.plan.appearance != AppearanceConfig() and self.task.spatial_dims != 2:
             raise ValueError("plan.appearance is for radiographs, task.spatial_dims 2; leave it out")
         if self.train.site_adversary and (not classifier or self.model.name == "two_stage"):
@@ -136,6 +139,14 @@ class Config(Strict):
             )
         if not self.task.multi_label and given != _LOSSES[self.task.kind]:
             raise ValueError(f"loss.name {given!r} does not fit task.kind {self.task.kind!r}")
+
+    def _check_lungs(self) -> None:
+        if self.lungs is None:
+            return
+        if self.task.spatial_dims != 2:
+            raise ValueError(f"lungs are those of radiographs, not of task.spatial_dims {self.task.spatial_dims}")
+        if self.task.kind == "segmentation" and (self.lungs.model or self.lungs.mask != "none"):
+            raise ValueError("lungs.model and lungs.mask are for classifiers; a segmentation has the limits only")
 
     def _check_sizes(self) -> None:
         model, plan, dims = self.model, self.plan, self.task.spatial_dims

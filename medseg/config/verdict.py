@@ -1,11 +1,12 @@
 """The verdict of a classifier, and the audit that a classifier has to pass."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from medseg.config.fields import Count, Positive, Share, Strict
 from medseg.config.ingest import FindingCode
+from medseg.config.lungs import LungCode
 
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 AuditItem = Literal["sites", "site_named", "lungs_blacked_out", "masks", "duplicates", "borders", "subgroups"]
@@ -19,7 +20,7 @@ class VerdictConfig(Strict):
     threshold is the highest one that reaches `target_sensitivity` on the calibration split. `prevalence` is that of
     the people who will be examined, for the referral rate and the predictive values. With fewer than `min_cases`
     labelled cases, or fewer than `min_per_class` of either class, nothing is fitted. A scan with a finding named in
-    `withhold` gets no verdict.
+    `withhold` gets no verdict; those about lung fields count where the classifier sees nothing else (`lungs.mask`).
     """
 
     positive: str | None = None
@@ -28,7 +29,9 @@ class VerdictConfig(Strict):
     prevalence: OpenShare = 0.1
     min_cases: Annotated[int, Field(ge=4)] = 20
     min_per_class: Annotated[int, Field(ge=2)] = 5
-    withhold: tuple[FindingCode, ...] = ("not_frontal_chest", "no_chest", "few_pixels", "few_levels")
+    withhold: tuple[FindingCode | LungCode, ...] = (
+        "not_frontal_chest", "no_chest", "few_pixels", "few_levels", *get_args(LungCode),
+    )  # fmt: skip
 
 
 class AuditConfig(Strict):

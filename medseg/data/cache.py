@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.cohort import Case, Cohort
 from medseg.data.alignment import align
+from medseg.data.lung_view import LungView
 from medseg.data.preprocess import network_grid, prepare
 from medseg.data.prior import move_codes, without_background
 from medseg.exams import previous
@@ -24,7 +26,7 @@ from medseg.images import read_image
 from medseg.label_sets import read_set
 from medseg.plan import IMAGE_FIELDS, Plan
 from medseg.progress import progress
-from medseg.volume import to_canonical
+from medseg.volume import Volume, to_canonical
 
 _POINTS_PER_CLASS = 5000
 _ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
@@ -61,20 +63,26 @@ def load_examples(
     cache: Path,
     *,
     multi_label: bool = False,
+    label_maps: bool = True,
+    lungs: LungView | None = None,
     min_similarity: float | None = None,
     workers: int = 2,
     what: str = "cases",
 ) -> list[Example]:
     """Prepare each case once into `cache` and map it.
 
-    The cache's key covers the cohort, the case and every field of the plan that changes the arrays.
+    The cache's key covers the cohort, the case, every field of the plan that changes the arrays, and what of a
+    radiograph is visible.
 
     Args:
         multi_label: the target of a case is a set of labels, as `label_sets` writes it.
+        label_maps: the label maps are what is learnt; those of a classifier's cohort are not read as labels.
+        lungs: what of a radiograph is visible; by default all.
         min_similarity: of an earlier examination, for its label to become the prior of a later one; None makes none.
     """
+    load = partial(_load, cohort, plan, cache, multi_label, label_maps, lungs, min_similarity)
     with ThreadPoolExecutor(workers) as pool, progress(f"Preparing {what}", len(cases)) as shown:
-        futures = [pool.submit(_load, cohort, case, plan, cache, multi_label, min_similarity) for case in cases]
+        futures = [pool.submit(load, case) for case in cases]
         examples = []
         for future in futures:
             examples.append(future.result())
@@ -83,13 +91,24 @@ def load_examples(
 
 
 def _load(
-    cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool, min_similarity: float | None
+    cohort: Cohort,
+    plan: Plan,
+    cache: Path,
+    multi_label: bool,
+    label_maps: bool,
+    lungs: LungView | None,
+    min_similarity: float | None,
+    case: Case,
 ) -> Example:
-    stem = cache / _key(cohort, case.case_id, plan)
+    name = f"{case.case_id}/{lungs.key}" if lungs is not None and lungs.key else case.case_id
+    stem = cache / _key(cohort, name, plan)
     image_path, label_path = stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")
-    source = cohort.label_path(case)
+    kept = cohort.label_path(case)
+    source = kept if label_maps else None
     if not image_path.is_file():
-        channels = [read_image(path) for path in cohort.image_paths(case)]
+        channels: Sequence[Volume] = [read_image(path) for path in cohort.image_paths(case)]
+        if lungs is not None:
+            channels = lungs.show(channels, kept)
         prepared = prepare(channels, plan, read_image(source) if source else None)
         if prepared.label is not None:
             _save(label_path, prepared.label)

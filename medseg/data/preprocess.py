@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.data.appearance import content_box, crop_to, standardise
+from medseg.data.lung_view import LungFields
 from medseg.plan import Plan
 from medseg.volume import Affine, Volume, from_canonical, resample, resampled_grid, to_canonical
 
@@ -31,6 +32,7 @@ class Prepared:
     native_affine: Affine
     native_shape: tuple[int, ...]
     content: tuple[slice, ...] = ()
+    lungs: LungFields | None = None
 
     @property
     def covered_shape(self) -> tuple[int, ...]:

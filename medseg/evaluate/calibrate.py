@@ -11,6 +11,7 @@ from torch import nn
 
 from medseg.cohort import Case, Cohort
 from medseg.config import VerdictConfig
+from medseg.data.lung_view import LungView
 from medseg.evaluate.calibration import (
     brier,
     cases_to_halve,
@@ -63,6 +64,7 @@ def calibrate(
     split: str,
     trained_sites: Sequence[str] | None = None,
     new_site: bool = False,
+    lungs: LungView | None = None,
 ) -> Verdict:
     """Fit the verdict of a network on labelled cases that it was not trained on.
 
@@ -71,6 +73,7 @@ def calibrate(
         trained_sites: where the training cases come from, if known; kept for the audit.
         new_site: the cases come from elsewhere than the training cases, so that the prevalence and with it the shift
             differ: `auto` fits slope and shift below 500 cases, and isotonic regression is refused below 100.
+        lungs: what the network sees of a radiograph; by default all.
 
     Raises:
         CannotCalibrate: no positive class is known, too few cases, one class only, or scores against the classes.
@@ -84,7 +87,7 @@ def calibrate(
     known = [case for case in cases if case.target in labels]
     truth = np.array([case.target == positive for case in known], dtype=bool)
     check_cases(truth, config, cohort)
-    margin = margins(Scorer(net, plan).score(cohort, known, what="Calibrating"), labels[positive])
+    margin = margins(Scorer(net, plan, lungs).score(cohort, known, what="Calibrating"), labels[positive])
     facts: dict[str, Any] = {"cohort_sha256": cohort.sha256, "split": split, "new_site": new_site}
     facts["trained_sites"] = trained_sites
     patients = [case.patient_id for case in known]

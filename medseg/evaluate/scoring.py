@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from medseg.cohort import Case, Cohort
+from medseg.data.lung_view import LungView
 from medseg.data.preprocess import prepare
 from medseg.images import read_image
 from medseg.plan import Plan
@@ -28,10 +29,11 @@ class Scorer:
     Args:
         net: x_BC[D]HW -> logits_BK, in evaluation mode on its device.
         plan: the grid and normalisation of the network.
+        lungs: what the network sees of a radiograph; by default all.
     """
 
-    def __init__(self, net: nn.Module, plan: Plan) -> None:
-        self.net, self.plan = net.eval(), plan
+    def __init__(self, net: nn.Module, plan: Plan, lungs: LungView | None = None) -> None:
+        self.net, self.plan, self.lungs = net.eval(), plan, lungs
         first = next(net.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
 
@@ -41,7 +43,7 @@ class Scorer:
         """Logits (n, K) of the cases.
 
         Args:
-            change: applied to every channel before it is prepared.
+            change: applied to every channel before anything else; lung fields are those of the changed image.
             what: named by the progress bar.
 
         Raises:
@@ -51,8 +53,12 @@ class Scorer:
 
         def ready(item: tuple[int, Case]) -> NDArray[np.float32]:
             number, case = item
-            channels = [read_image(path) for path in cohort.image_paths(case)]
-            return prepare([change(number, channel) if change else channel for channel in channels], self.plan).image
+            channels: Sequence[Volume] = [read_image(path) for path in cohort.image_paths(case)]
+            if change is not None:
+                channels = [change(number, channel) for channel in channels]
+            if self.lungs is not None:
+                channels = self.lungs.show(channels, cohort.label_path(case))
+            return prepare(channels, self.plan).image
 
         found: list[NDArray[np.float64]] = []
         with ThreadPoolExecutor(_READERS) as pool, progress(what, len(cases)) as shown:

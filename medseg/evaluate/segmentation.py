@@ -19,7 +19,7 @@ from medseg.progress import progress
 from medseg.statistics import summarise
 from medseg.volume import Volume
 
-FIGURES = ("dice", "hd95_mm", "surface_dice", "volume_error_ml")
+FIGURES = ("dice", "iou", "hd95_mm", "surface_dice", "volume_error_ml")
 _GRID_TOLERANCE_MM = 1e-3
 _VOXELS_IN_ONE_PROCESS = 250e6  # voxels times classes; about ten seconds, below which starting processes costs more
 
@@ -57,7 +57,7 @@ def measure(
 
 
 def total(outcomes: Sequence[Outcome], labels: Mapping[str, int], *, seed: int = 0) -> dict[str, object]:
-    """Figures per class with intervals, `mean_dice` (mean over classes), and Dice by site where sites are known.
+    """Figures per class with intervals, `mean_dice` (mean over classes), Dice and IoU by site where sites are known.
 
     Where a case does not annotate all labels, `annotated` has the number of cases measured that annotate each.
     """
@@ -76,7 +76,8 @@ def total(outcomes: Sequence[Outcome], labels: Mapping[str, int], *, seed: int =
         here = [outcome for outcome in measured if outcome.case.site == site]
         owners = [outcome.case.patient_id for outcome in here]
         sites[site] = {"n": len(here)} | {
-            f"dice_{label}": asdict(summarise([o.figures[f"dice_{label}"] for o in here], owners, seed=seed))
+            f"{figure}_{label}": asdict(summarise([o.figures[f"{figure}_{label}"] for o in here], owners, seed=seed))
+            for figure in ("dice", "iou")
             for label in labels
         }
     found = {"classes": classes, "mean_dice": float(np.mean(means)) if means else math.nan, "sites": sites}

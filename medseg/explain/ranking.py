@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from medseg.config import ExplainChecksConfig, MethodConfig
 from medseg.explain import LAYERLESS, explain_score
-from medseg.explain.passmark import AT_MOST, Explained, measure
+from medseg.explain.passmark import AT_MOST, CHECKS, Explained, measure
 from medseg.explain.perturb import Probe
 from medseg.explain.summary import share_passing
 from medseg.metrics import pointing_hit
@@ -124,7 +124,8 @@ def describe(
     rows = []
     for one in ranked:
         cases = measured[one.method, one.layer]
-        checks = {name: _described(name, [case[name] for case in cases], patients, config) for name in cases[0]}
+        names = [name for name in CHECKS if any(name in case for case in cases)]
+        checks = {name: _described(name, [case.get(name) for case in cases], patients, config) for name in names}
         bare = sum(all(value is None for value in case.values()) for case in cases)
         score = {"score": one.score, "ci_low": one.ci_low, "ci_high": one.ci_high}
         rows.append({"method": one.method, "layer": one.layer, **score, "no_evidence": bare, "checks": checks})

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from medseg.cohort import Cohort
-from medseg.config import ExplainConfig, IngestConfig
+from medseg.config import ExplainConfig, IngestConfig, LungsConfig
+from medseg.data.lung_view import FILE as LUNGS_FILE
+from medseg.data.lung_view import LungFields, read_mask, visible
 from medseg.data.preprocess import Prepared, prepare
 from medseg.explain import LAYERLESS, explain_score, passmark, summary
 from medseg.explain.export_sc import OVERLAY
@@ -47,6 +49,7 @@ def run(
     predictions: Path,
     ingest: IngestConfig | None = None,
     regions: Path | None = None,
+    lungs: LungsConfig | None = None,
 ) -> Result:
     """Write `<predictions>/<case_id>/explanation/` for `config.max_cases` usable cases, chosen by `config.cases`.
 
@@ -62,8 +65,9 @@ def run(
         labels: name to value.
         scans: what the predictions were made from. split: of the cohort; None takes every case.
         predictions: folder that `predict` wrote. ingest: how it read the scans.
-        regions: folder of `<case_id>.png` or `.nii.gz` masks on the scans' own grid where evidence should be, such as
-            the lungs; by default the predicted region of a segmentation, and for a classifier none.
+        regions: folder of `<case_id>.png` or `.nii.gz` masks on the scans' own grid where evidence should be; by
+            default the predicted region of a segmentation, and the lung fields that a classifier's prediction has.
+        lungs: what the network sees of a radiograph; the lung fields are those of the prediction.
 
     Returns:
         Status `partial` when a map could not be made; `explanations.csv` says for which case and why.
@@ -74,7 +78,7 @@ def run(
     started, config = time.monotonic(), config.settled(None)
     if config.target is not None and config.target not in labels:
         raise UserError(f"explain.target {config.target!r} is none of the labels {', '.join(labels)}.")
-    maker = _Maker(config, net, plan, labels, Scans(scans, ingest), predictions, regions)
+    maker = _Maker(config, net, plan, labels, Scans(scans, ingest), predictions, regions, lungs)
     chosen = _ordered(_choose(predictions, scans, split), config)[: config.max_cases]
     rows = []
     with progress("Explaining", len(chosen)) as shown:
@@ -178,6 +182,7 @@ class _Maker:
     scans: Scans
     predictions: Path
     regions: Path | None = None
+    lungs: LungsConfig | None = None
 
     def make(self, case_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write the explanation of one case, unless the same is there; returns `explanation.json`."""
@@ -195,8 +200,9 @@ class _Maker:
             (folder / name).unlink(missing_ok=True)
         scan = self.scans.find(case_id, result)
         pred = _read_pred(self.predictions / case_id)
-        prepared = prepare(scan.channels, self.plan, pred)
-        map_net, about = self._explain(prepared, result, self._region(case_id, scan.channels[0]))
+        channels = self._visible(case_id, scan.channels)
+        prepared = prepare(channels, self.plan, pred)
+        map_net, about = self._explain(prepared, result, self._region(case_id, channels[0]))
         map_scan = restore_map(map_net, prepared)
         about |= {"raw_min": float(map_scan.min()), "raw_max": float(map_scan.max())}
         about |= {"evidence": about["raw_max"] > 0, "made_from": made_from}
@@ -209,19 +215,23 @@ class _Maker:
         return about
 
     def _region(self, case_id: str, image: Volume) -> NDArray[np.generic] | None:
-        """The mask of `regions` on the network's grid, or None where there is none."""
-        if self.regions is None:
-            return None
-        paths = (self.regions / f"{case_id}.png", self.regions / f"{case_id}.nii.gz")
+        """Where the evidence should be, on the network's grid, or None where nobody knows."""
+        paths = [self.predictions / case_id / LUNGS_FILE]
+        if self.regions is not None:
+            paths = [self.regions / f"{case_id}.png", self.regions / f"{case_id}.nii.gz"]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             return None
-        mask = read_image(path)
-        if mask.array.shape != image.array.shape:
-            raise UserError(
-                f"{path} has shape {mask.array.shape}, its scan {image.array.shape}; give this scan's mask."
-            )
-        return prepare([image], self.plan, Volume(mask.array.astype(bool).astype(np.uint8), image.affine)).label
+        inside = np.asarray(read_mask(path, image)).astype(np.bool_)
+        return prepare([image], self.plan, Volume(inside.astype(np.uint8), image.affine)).label
+
+    def _visible(self, case_id: str, channels: Sequence[Volume]) -> Sequence[Volume]:
+        """What the network saw when it predicted the case."""
+        path = self.predictions / case_id / LUNGS_FILE
+        if self.lungs is None:
+            return channels
+        fields = LungFields(np.asarray(read_mask(path, channels[0])).astype(np.bool_)) if path.is_file() else None
+        return visible(channels, fields, self.lungs)
 
     def _explain(
         self, prepared: Prepared, result: dict[str, Any], mask: NDArray[np.generic] | None

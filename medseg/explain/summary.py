@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from medseg import statistics
 
 FILE = "explanation.json"
@@ -20,7 +18,8 @@ def summarise(explanations: Iterable[tuple[str, Mapping[str, Any]]], seed: int =
 
     Returns:
         By `method/layer`: `maps`, `no_evidence`,
-        `all_passed` and `checks` by name: `threshold`, `mean` of the values, and as in `share_passing`.
+        `all_passed` and `checks` by name: `threshold`, `mean` of the values with `mean_interval` (95 %), and as in
+        `share_passing`.
         A map without evidence passes nothing and is not among the `n` of a check.
     """
     grouped: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -53,8 +52,11 @@ def _of_method(group: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> dic
 def _of_check(name: str, group: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> dict[str, Any]:
     made = [(patient, about["checks"][name]) for patient, about in group if name in about["checks"]]
     known = [(patient, check) for patient, check in made if check["passed"] is not None]
+    patients = [patient for patient, _ in known]
+    mean = statistics.summarise([check["value"] for _, check in known], patients, seed=seed)
     return {
         "threshold": made[0][1]["threshold"],
-        "mean": float(np.mean([check["value"] for _, check in known])) if known else None,
-        **share_passing([check["passed"] for _, check in known], [patient for patient, _ in known], seed),
+        "mean": mean.mean if known else None,
+        "mean_interval": {"ci_low": mean.ci_low, "ci_high": mean.ci_high},
+        **share_passing([check["passed"] for _, check in known], patients, seed),
     }

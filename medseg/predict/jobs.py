@@ -65,7 +65,7 @@ class Job:
 def cohort_jobs(cohort: Cohort, split: str | None) -> list[Job]:
     """One job per case. Raises UserError when the split has none."""
     cases = cohort.cases if split is None else cohort.split(split)
-    return [_cohort_job(case, cohort.image_paths(case)) for case in cases]
+    return [_cohort_job(case, cohort.image_paths(case), cohort.label_path(case)) for case in cases]
 
 
 def source_jobs(
@@ -161,15 +161,15 @@ def read_checked(source: Source, config: IngestConfig | None = None) -> Scan:
     return replace(scan, findings=quality.check(scan, config))
 
 
-def _cohort_job(case: Case, images: tuple[Path, ...]) -> Job:
+def _cohort_job(case: Case, images: tuple[Path, ...], label: Path | None) -> Job:
     absolute = tuple(path.absolute() for path in images)
-    read = partial(_read_case, case, images)
+    read = partial(_read_case, case, images, label)
     return Job(
         case.case_id, case.patient_id, case.kind, case.source_kind, images, absolute, read, case.exam, case.exam_day
     )
 
 
-def _read_case(case: Case, images: tuple[Path, ...]) -> Scan:
+def _read_case(case: Case, images: tuple[Path, ...], label: Path | None) -> Scan:
     kinds: dict[str, SourceKind] = {"dicom": "dicom", "png": "png"}
     return Scan(
         case_id=case.case_id,
@@ -181,4 +181,5 @@ def _read_case(case: Case, images: tuple[Path, ...]) -> Scan:
         source_files=(),  # a cohort keeps no DICOM to refer to
         source_sha256=case.source_sha256,
         findings=case.findings,
+        lung_mask=label if case.kind == "radiograph" else None,
     )

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medseg.bundle import Bundle
 from medseg.cohort import Finding
+from medseg.data.lung_view import FILE as LUNGS_FILE
+from medseg.data.lung_view import LungFields
 from medseg.files import UserError, dump_json, read_json, sha256_file, write_json, write_text
+from medseg.images import write_png
 from medseg.ingest.scan import Refused, Scan
 from medseg.ledger import Row, Status
 from medseg.predict.export_dicom import REPORT, SEGMENTATION, write_segmentation, write_verdict_report
@@ -24,7 +29,7 @@ from medseg.predict.preview import write_preview
 from medseg.predict.priors import Earlier, Prior
 from medseg.tracking.failure import scrub
 
-_OUTPUTS = ("mask.nii.gz", "mask.png", SEGMENTATION, REPORT, "preview.png", "failure.txt")
+_OUTPUTS = ("mask.nii.gz", "mask.png", LUNGS_FILE, SEGMENTATION, REPORT, "preview.png", "failure.txt")
 _MAX_REASON = 500
 
 
@@ -67,6 +72,8 @@ class CaseFolder:
         flags, outputs = list(prediction.flags), [self.path / "preview.png"]
         write_preview(outputs[0], scan.channels[0], prediction.mask)
         digest = hashlib.sha256(dump_json(prediction.probs).encode()).hexdigest()
+        if prediction.lungs is not None:
+            outputs.append(write_png(self.path / LUNGS_FILE, prediction.lungs.mask.astype(np.uint8)))
         if prediction.mask is not None:
             outputs.append(write_mask(self.path, prediction.mask))
             digest = sha256_file(outputs[-1])
@@ -83,6 +90,7 @@ class CaseFolder:
             confidence=prediction.confidence,
             expected_dice=_lowest(prediction),
             verdict=prediction.verdict,
+            lungs=None if prediction.lungs is None else self._about_lungs(prediction.lungs),
             feature_distance=self._distance(prediction),
             windows=prediction.windows,
             flags=flags,
@@ -118,6 +126,15 @@ class CaseFolder:
             message = f"{type(error).__name__}: {message}" if message else type(error).__name__
         return self._finish("failed", self._public(message), {}, outputs=["failure.txt"])
 
+    def _about_lungs(self, fields: LungFields) -> dict[str, Any]:
+        """What the network saw of a radiograph, how large its lung fields are, and which model found them."""
+        settings, model = self.bundle.config.lungs, self.bundle.lungs
+        return {
+            "mask": settings.mask if settings is not None else "none",
+            "area_share": round(float(fields.mask.mean()), 4),
+            "model": model.identity() if model is not None else None,
+        }
+
     @property
     def _seed_uid(self) -> str:
         return f"{self.input_sha256}/{self.bundle.sha256}"
@@ -134,10 +151,9 @@ class CaseFolder:
                 flags,
                 seed_uid=self._seed_uid,
             )
-        verdict = self.bundle.verdict
-        if verdict is None or prediction.verdict is None or scan.kind != "radiograph":
+        if prediction.verdict is None or scan.kind != "radiograph":
             return []
-        reasons = [finding.code for finding in scan.findings if finding.code in verdict.withhold]
+        reasons = list(prediction.verdict["withheld_for"])
         return write_verdict_report(
             self.path, scan.source_files[0], prediction.verdict, self.bundle, reasons, flags, seed_uid=self._seed_uid
         )
@@ -163,6 +179,7 @@ class CaseFolder:
             "confidence": {},
             "expected_dice": None,
             "verdict": None,
+            "lungs": None,
             "feature_distance": None,
             "windows": {},
             "flags": [],
@@ -170,6 +187,7 @@ class CaseFolder:
             "input_sha256": self.input_sha256,
             "output_sha256": "",
             "bundle": self.bundle.identity(),
+            "labels": self.bundle.labels,
             "prior": self.earlier.facts() if self.earlier else None,
             "image": self.job.images,
             "outputs": [],

@@ -13,6 +13,9 @@ from torch import nn
 
 from medseg.bundle import WEIGHTS, Bundle, read_weights
 from medseg.cohort import Finding
+from medseg.config import LungsConfig
+from medseg.data.lung_view import LungFields, LungView, visible
+from medseg.data.lungs import check
 from medseg.data.preprocess import Prepared, normalised_limit, prepare
 from medseg.data.prior import as_channels
 from medseg.files import UserError
@@ -46,6 +49,7 @@ class Prediction:
         confidence: label name to figures that say how far to trust it (segmentation), for each label found.
         verdict: of a calibrated classifier, as `result.json` holds it: refer, do not refer or not assessable, with
             probability, score 0 to 100, threshold and the intervals of its sensitivity and specificity; else None.
+        lungs: lung fields on the scan's own grid, of a classifier that looks for them; else None.
         feature_distance: from the training cohort, see `medseg.feature_distance`; None where the bundle cannot tell.
         windows: of a segmentation, see `WorkingSet`: `all`, of them `even`, and of these `air`.
     """
@@ -57,6 +61,7 @@ class Prediction:
     flags: tuple[Finding, ...]
     confidence: Mapping[str, Trust] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None
+    lungs: LungFields | None = None
     feature_distance: float | None = None
     windows: Mapping[str, int] = field(default_factory=dict)
 
@@ -73,13 +78,14 @@ class Predictor:
         self.bundle = bundle
         self.device = device or choose_device(bundle)
         self.net = net.to(self.device).eval() if net is not None else load_network(bundle, self.device)
+        self.lungs = view_of(bundle, self.device)
         self._distance = bundle.distance if net is None else None
 
     def prepare(self, scan: Scan) -> Prepared:
-        """The scan on the network's grid.
+        """The scan on the network's grid, with what the model is not to see of a radiograph black.
 
         Raises:
-            Refused: it is of another kind, or has other channels, than the model was trained on.
+            Refused: it is of another kind, or has other channels, than the model was trained on, or lacks a lung mask.
         """
         task = self.bundle.config.task
         if (scan.kind == "radiograph") != (task.spatial_dims == 2):
@@ -88,7 +94,11 @@ class Predictor:
         if len(scan.channels) != len(task.channels):
             names = ", ".join(task.channels)
             raise Refused("channels", f"It has {len(scan.channels)} channels, but the model takes: {names}.")
-        return prepare(scan.channels, self.bundle.plan)
+        if self.lungs is None:
+            return prepare(scan.channels, self.bundle.plan)
+        fields = self.lungs.find(scan.channels[0], scan.lung_mask)
+        seen = visible(scan.channels, fields, self.lungs.config)
+        return replace(prepare(seen, self.bundle.plan), lungs=fields)
 
     @property
     def takes_prior(self) -> bool:
@@ -113,7 +123,8 @@ class Predictor:
                 said = self._classified(scan, prepared)
             else:
                 said = self._segmented(scan, prepared, announce, prior)
-        distance = measured()
+        shown = prior is not None and prior.codes is not None
+        distance = None if shown else measured()  # the limit is that of features without a prior
         limit = self._distance.limit if self._distance is not None else None
         found = (*_warnings(scan), *check_scan(scan, self.bundle.plan), *check_distance(distance, limit))
         earlier = prior.findings if prior else ()
@@ -142,7 +153,9 @@ class Predictor:
         probs = self._classify(prepared)
         multi_label = self.bundle.config.task.multi_label
         called = call_labels(probs) if multi_label else called_class(probs, self.bundle.operating_point)
-        return Prediction(None, {}, probs, called, (), verdict=self._verdict(scan, probs))
+        verdict, fields = self._verdict(scan, probs, prepared.lungs), prepared.lungs
+        flags = fields.findings if fields is not None else ()
+        return Prediction(None, {}, probs, called, flags, verdict=verdict, lungs=fields)
 
     def _segmented(
         self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None, prior: Prior | None
@@ -160,8 +173,15 @@ class Predictor:
         volumes_ml = measure_volumes(mask, bundle.labels) if scan.kind == "volume" else {}
         trust = judge(watcher.features(bundle.labels), bundle.evidence)
         flags = (*check_mask(mask, bundle.labels), *check_volumes(volumes_ml, bundle.evidence))
+        if (limits := bundle.config.lungs) is not None:
+            flags = (*flags, *check(mask.array.astype(np.bool_), limits))
         windows = {"all": told[0].windows, "even": told[0].even, "air": told[0].air}
         return Prediction(mask, volumes_ml, {}, "", flags, trust, windows=windows)
+
+    def segment(self, image: Volume) -> NDArray[Any]:
+        """The label map of a radiograph on its own grid, as `predict` makes it."""
+        labels = self._segment(prepare([image], self.bundle.plan), lambda found: None, None)
+        return self._cleaned(Volume(labels, image.affine)).array
 
     def predict_file(self, path: Path) -> Prediction:
         """Predict the one scan at `path`. Raises UserError when there is not exactly one usable scan."""
@@ -217,12 +237,32 @@ class Predictor:
         probs = (logits.sigmoid() if self.bundle.config.task.multi_label else torch.softmax(logits, 0)).tolist()
         return {name: float(probs[index]) for name, index in self.bundle.labels.items()}
 
-    def _verdict(self, scan: Scan, probs: Mapping[str, float]) -> dict[str, Any] | None:
-        """A verdict is withheld for findings of any severity: what is only worth knowing may be a reason here."""
+    def _verdict(self, scan: Scan, probs: Mapping[str, float], fields: LungFields | None) -> dict[str, Any] | None:
+        """A verdict is withheld for findings of any severity: what is only worth knowing may be a reason here.
+
+        Lung fields that cannot be true are a reason where the network has seen nothing else.
+        """
         verdict = self.bundle.verdict
         if verdict is None:
             return None
-        return verdict.as_result(probs[verdict.positive], {finding.code for finding in scan.findings})
+        findings = scan.findings
+        if fields is not None and self.lungs is not None and self.lungs.masks:
+            findings += fields.findings
+        return verdict.as_result(probs[verdict.positive], {finding.code for finding in findings})
+
+
+def view_of(bundle: Bundle, device: torch.device | None = None) -> LungView | None:
+    """How a classifier sees radiographs, by its own lung model where it has one; None where no lungs are asked for."""
+    if bundle.config.task.kind != "classification":
+        return None
+    return lung_view(bundle.config.lungs, bundle.lungs, device)
+
+
+def lung_view(config: LungsConfig | None, model: Bundle | None, device: torch.device | None = None) -> LungView | None:
+    """How a classifier with these settings sees radiographs, by this lung model; None without settings."""
+    if config is None:
+        return None
+    return LungView(config, model, Predictor(model, device).segment if model is not None else None)
 
 
 def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Module:

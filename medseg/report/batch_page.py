@@ -10,7 +10,7 @@ from medseg.config import ReportConfig
 from medseg.files import UserError, read_rows, write_bytes
 from medseg.label_sets import EMPTY
 from medseg.report import page
-from medseg.report.cases import CaseView, draw_case, explain_in_words, flag_texts, remove_stale
+from medseg.report.cases import CaseView, draw_case, explain_in_words, flag_texts, lungs_of, remove_stale
 from medseg.report.changes import show_changes
 from medseg.report.figures import draw_scene, embedded
 from medseg.report.page import STATUS_TONES, Cell, Picture, Table, anchor, capped, number, words
@@ -109,6 +109,7 @@ def _draw_one(case_id: str, result: Mapping[str, Any], folder: Path, *, with_vie
             label=None,
             pred=mask,
             explanation=explanation,
+            lungs=lungs_of(place),
             labels=_labels(result),
             lead=lead,
             flags=flags,
@@ -127,7 +128,7 @@ def _previews(place: Path, mask: Path | None, explanation: Path | None, overlay:
     preview = place / "preview.png"
     pictures = [embedded(preview, f"Preview of {place.name}.")] if preview.is_file() else []
     if explanation is not None and not is_withheld(explanation):
-        scene = load_map(explanation, mask, preview)
+        scene = load_map(explanation, mask, preview, lungs_of(place))
         write_bytes(overlay, draw_scene(scene, {}, f"{place.name} · activation map"))
         pictures.append(embedded(overlay, f"Activation map of {place.name}."))
     return tuple(pictures)
@@ -152,8 +153,9 @@ def _called(result: Mapping[str, Any]) -> list[str]:
 
 
 def _labels(result: Mapping[str, Any]) -> dict[str, int]:
-    """Names of the values: volumes are listed in the order of the labels, from 1 on."""
-    return {str(name): value for value, name in enumerate(result.get("volumes_ml") or {}, start=1)}
+    """Names of the values; where the result does not tell, volumes stand in the order of the labels, from 1 on."""
+    volumes = result.get("volumes_ml") or {}
+    return result.get("labels") or {str(name): value for value, name in enumerate(volumes, start=1)}
 
 
 def _facts(rows: Sequence[Row], bundle: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medseg.data.lung_view import FILE as LUNGS_FILE
 from medseg.files import UserError, write_bytes
 from medseg.report.figures import draw_scene, embedded
 from medseg.report.page import Picture, anchor, format_number, is_number, metric
@@ -57,6 +58,7 @@ def draw_cases(
             label=_path(case.get("label")),
             pred=_path(case.get("pred")),
             explanation=_path(case.get("explanation")),
+            lungs=lungs_of(folder / "predictions" / str(case["case_id"])),
             labels=labels,
             lead=_lead(case),
             not_annotated=case.get("not_annotated") or (),
@@ -66,6 +68,12 @@ def draw_cases(
         viewers -= view.viewer is not None
         drawn.append(view)
     return drawn
+
+
+def lungs_of(place: Path) -> Path | None:
+    """The lung fields in the folder of a predicted case, where its model looked for them."""
+    path = place / LUNGS_FILE
+    return path if path.is_file() else None
 
 
 def remove_stale(overlays: Path, case_ids: Collection[str]) -> None:
@@ -83,6 +91,7 @@ def draw_case(
     label: Path | None,
     pred: Path | None,
     explanation: Path | None,
+    lungs: Path | None,
     labels: Mapping[str, int],
     lead: str,
     flags: Sequence[Mapping[str, Any]],
@@ -92,7 +101,7 @@ def draw_case(
     """One case: the overlay is written to `overlay`; what cannot be read becomes a sentence, never an exception."""
     view = CaseView(case_id, anchor(case_id), lead, (*_unjudged(not_annotated), *flag_texts(flags)))
     try:
-        scene = load_scene(images, label, pred, explanation)
+        scene = load_scene(images, label, pred, explanation, lungs)
         scene = replace(scene, not_annotated=tuple(labels[name] for name in not_annotated if name in labels))
         title = f"{case_id} · {lead}" if lead and len(lead) < 60 else case_id
         write_bytes(overlay, draw_scene(scene, labels, title))

@@ -13,7 +13,7 @@ from medseg.report.sources import read_mapping
 
 _PANELS = 3
 _TONES = {"beyond the noise": "warn"}
-_NO_RATE = "too short for a rate"
+_NO_RATE = "too short"
 
 
 @dataclass(frozen=True)
@@ -80,34 +80,34 @@ def _table(rows: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]], tot
         exams = patient["exams"]
         flagged = sum(exam["status"] == "flagged" for exam in exams)
         count = Cell(str(len(exams)), len(exams), f"{flagged} flagged" if flagged else "")
-        rate = _banded(change["per_year_percent"], change["per_year_band_percent"], 1, "%")
+        rate = _banded(change["per_year_percent"], change["per_year_band_percent"], 1)
         verdict = str(change["verdict"])
         cells.append(
             (
                 words(patient["patient_id"]),
                 words(label),
+                words(verdict, tone=_TONES.get(verdict, "")),
                 count,
                 number((exams[-1]["day"] - exams[0]["day"]) / DAYS_PER_YEAR, 2),
                 number(change["volumes_ml"][0], 2),
                 number(change["volumes_ml"][-1], 2),
-                _banded(change["difference_ml"], change["band_ml"], 2, "ml"),
-                _banded(change["per_year_ml"], change["per_year_band_ml"], 2, "ml"),
+                _banded(change["difference_ml"], change["band_ml"], 2),
+                _banded(change["per_year_ml"], change["per_year_band_ml"], 2),
                 rate if change["per_year_percent"] is not None else words("–", detail=_NO_RATE),
-                words(verdict, tone=_TONES.get(verdict, "")),
             )
         )
-    heads = ("Patient", "Structure", "Examinations", "Years", "First (ml)", "Last (ml)", "Difference (ml)")
-    columns = (*heads, "Per year (ml)", "Per year (%)", "Verdict")
-    note = "Below each change the noise that it has to exceed. The rate is the slope through all examinations, in "
+    heads = ("Patient", "Structure", "Change", "Exams", "Years", "First (ml)", "Last (ml)", "Difference (ml)")
+    columns = (*heads, "Per year (ml)", "Per year (%)")
+    note = "Below each change, after ±, the noise that it has to exceed. The rate is the slope through all exams, in "
     note += f"percent of the volume at the first. {capped(total, len(rows), 'changes', 'changes.json')}"
-    return Table("Volumes over time", columns, tuple(cells), (False, False, *[True] * 7, False), note.strip(), True)
+    return Table("Volumes over time", columns, tuple(cells), (False, False, False, *[True] * 7), note.strip(), True)
 
 
-def _banded(value: float | None, band: float | None, digits: int, unit: str) -> Cell:
+def _banded(value: float | None, band: float | None, digits: int) -> Cell:
     if value is None:
         return Cell("–")
     sign = "+" if value > 0 else ""
-    detail = f"noise ±{format_number(band, digits)} {unit}" if band is not None else "noise unknown"
+    detail = f"± {format_number(band, digits)}" if band is not None else ""
     return Cell(sign + format_number(value, digits), value, detail)
 
 

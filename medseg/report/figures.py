@@ -12,6 +12,7 @@ from medseg.files import UserError, replacing
 from medseg.report.page import Picture, data_uri
 from medseg.report.panels import (
     CONFUSED,
+    LUNGS,
     PREDICTION,
     REFERENCE,
     Kind,
@@ -134,7 +135,7 @@ def embedded(path: Path, alt: str) -> Picture:
 
 def _kinds(scene: Scene) -> list[Kind]:
     kinds: list[Kind] = []
-    if scene.label is not None or scene.pred is not None:
+    if any(part is not None for part in (scene.label, scene.pred, scene.lungs)):
         kinds.append("outlines")
     if scene.label is not None and scene.pred is not None:
         kinds.append("difference")
@@ -202,6 +203,8 @@ def _legend(figure: "Figure", scene: Scene, label_names: Mapping[str, int]) -> N
     from matplotlib.patches import Patch
 
     handles: list[Any] = []
+    if scene.lungs is not None:
+        handles.append(Line2D([], [], color=LUNGS, linewidth=1.4, label="lung fields found"))
     if scene.label is not None:
         handles.append(Line2D([], [], color=REFERENCE, linewidth=2.4, label="reference"))
         if scene.pred is not None:

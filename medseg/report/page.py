@@ -17,6 +17,7 @@ MAX_ROWS = 500
 
 METRICS = {
     "dice": ("Dice", 3),
+    "iou": ("IoU", 3),
     "surface_dice": ("Surface Dice", 3),
     "hd95_mm": ("HD95 (mm)", 2),
     "volume_error_ml": ("Volume error (ml)", 2),
@@ -29,6 +30,7 @@ METRICS = {
     "ece": ("Calibration error", 3),
     "brier": ("Brier score", 3),
     "nll": ("Log-likelihood, negative", 3),
+    "energy": ("Energy in the lungs", 3),
     "energy_in_mask": ("Energy inside the mask", 3),
     "mask_share": ("Mask’s share of the image", 3),
     "pointing_hit": ("Maximum inside the mask", 2),

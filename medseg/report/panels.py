@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REFERENCE, PREDICTION, CONFUSED = "#56B4E9", "#E69F00", "#CC79A7"
+REFERENCE, PREDICTION, CONFUSED, LUNGS = "#56B4E9", "#E69F00", "#CC79A7", "#009E73"
 CLASS_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 HEAT_COLOURS = "inferno"
 
@@ -57,19 +57,26 @@ def draw_panel(axes: "Axes", scene: Scene, view: View, kind: Kind, window: tuple
         axes.imshow(difference(scene, view), extent=extent, interpolation="nearest", aspect="equal")
     elif kind == "heat" and scene.heat is not None:
         _draw_heat(axes, scene.heat, view, extent)
+        _draw_lungs(axes, scene, view)
 
 
 def _draw_outlines(axes: "Axes", scene: Scene, view: View) -> None:
+    _draw_lungs(axes, scene, view)
     if scene.label is None:
-        assert scene.pred is not None
-        for value in values_of(scene.pred):
-            _outline(axes, view.of(scene.pred) == value, view, class_colour(value), 1.4)
+        if scene.pred is not None:
+            for value in values_of(scene.pred):
+                _outline(axes, view.of(scene.pred) == value, view, class_colour(value), 1.4)
         return
     for value in values_of(scene.label):
         _outline(axes, view.of(scene.label) == value, view, REFERENCE, 2.0)
     if scene.pred is not None:
         for value in values_of(scene.pred):
             _outline(axes, view.of(scene.pred) == value, view, PREDICTION, 0.9)
+
+
+def _draw_lungs(axes: "Axes", scene: Scene, view: View) -> None:
+    if scene.lungs is not None:
+        _outline(axes, view.of(scene.lungs) != 0, view, LUNGS, 1.0)
 
 
 def class_colour(value: int) -> str:

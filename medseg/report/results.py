@@ -11,7 +11,7 @@ from medseg.report.charts import roc_chart
 from medseg.report.page import Cell, Picture, Table, capped, estimate, metric, number, words
 from medseg.report.sources import read_list, read_mapping, without_folders
 
-CLASS_FIGURES = ("dice", "hd95_mm", "surface_dice", "volume_error_ml")
+CLASS_FIGURES = ("dice", "iou", "hd95_mm", "surface_dice", "volume_error_ml")
 RATE_FIGURES = ("auc", "accuracy", "sensitivity", "specificity", "precision", "f1")
 QUALITY_FIGURES = ("ece", "brier", "nll")
 

@@ -69,6 +69,7 @@ class Scene:
     Attributes:
         image: first channel. affine: (4, 4), indices to RAS+ world mm. label, pred: integer maps.
         not_annotated: values of which the label does not tell, so that a prediction of them is not wrong.
+        lungs: above 0 in the lung fields that a classifier of radiographs found.
     """
 
     image: Array
@@ -77,6 +78,7 @@ class Scene:
     pred: Array | None = None
     heat: Heat | None = None
     not_annotated: tuple[int, ...] = ()
+    lungs: Array | None = None
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:
@@ -93,7 +95,11 @@ class Scene:
 
 
 def load_scene(
-    images: Sequence[Path], label: Path | None = None, pred: Path | None = None, explanation: Path | None = None
+    images: Sequence[Path],
+    label: Path | None = None,
+    pred: Path | None = None,
+    explanation: Path | None = None,
+    lungs: Path | None = None,
 ) -> Scene:
     """Read one case. `explanation` is a folder with `map.nii.gz` or `map.npy` and `explanation.json`.
 
@@ -111,10 +117,11 @@ def load_scene(
         _read_grid(label, image.array.shape) if label else None,
         _read_grid(pred, image.array.shape) if pred else None,
         _read_heat(explanation, image.array.shape) if explanation else None,
+        lungs=_read_grid(lungs, image.array.shape) if lungs else None,
     )
 
 
-def load_map(explanation: Path, pred: Path | None, preview: Path | None) -> Scene:
+def load_map(explanation: Path, pred: Path | None, preview: Path | None, lungs: Path | None = None) -> Scene:
     """An activation map whose scan is not at hand.
 
     Behind the map of a radiograph lies the preview where that shows the whole of it, else black.
@@ -126,7 +133,8 @@ def load_map(explanation: Path, pred: Path | None, preview: Path | None) -> Scen
     ground: Array = np.zeros(heat.array.shape, np.uint8)
     if preview is not None and preview.is_file() and ground.ndim == 2:
         ground = _fitted(read_image(preview).array, ground)
-    return Scene(ground, affine, None, _read_grid(pred, ground.shape) if pred else None, heat)
+    masks = [_read_grid(path, ground.shape) if path else None for path in (pred, lungs)]
+    return Scene(ground, affine, None, masks[0], heat, lungs=masks[1])
 
 
 def is_withheld(explanation: Path) -> bool:
@@ -181,7 +189,7 @@ def crop_to_structure(scene: Scene) -> Scene:
 
 def cut(array: Array, plane: Plane, index: int) -> Array:
     """The slice of a canonical volume as (rows, columns) of the picture, first row on top."""
-    picture: Array = np.take(array, index, axis=plane.axis)  # both remaining axes in rising order
+    picture: Array = np.moveaxis(array, plane.axis, 0)[index]  # both remaining axes in rising order
     return picture[::-1, ::-1].T
 
 

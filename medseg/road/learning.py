@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medseg.cohort import Cohort, read_cohort
 from medseg.config import Config, dump_config, load_config
@@ -12,6 +13,9 @@ from medseg.plan import Plan, read_plan, write_plan
 from medseg.result import Result
 from medseg.road.sources import at_hand
 from medseg.runs import RunFolder, create_run, find_run
+
+if TYPE_CHECKING:
+    from medseg.data.lung_view import LungView
 
 
 def ingest(
@@ -67,9 +71,10 @@ def train(
         tags: more tags for the run in MLflow.
 
     Raises:
-        UserError: the config to resume with differs from the run's.
+        UserError: the config to resume with differs from the run's; `lungs.model` names no lung model.
     """
     from medseg.calibrations import add_verdict
+    from medseg.data.lung_view import load_lung_model
     from medseg.explanations import add_ranking
     from medseg.folds import as_trained, fold_facts, measure_fold
     from medseg.tracking import track
@@ -83,6 +88,8 @@ def train(
         _same_config(config, folder)
     else:
         step.check_cohort(config, cohort)
+        if config.lungs is not None and config.lungs.model:
+            load_lung_model(config.lungs.model, workspace, "lungs.model")  # a wrong name is told before there is a run
         facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
         name = f"{config.name}-fold{part['fold']}" if part else config.name
         folder = create_run(workspace, name, run_id, **facts)
@@ -92,7 +99,8 @@ def train(
         if not resume:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "train")
-        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        lungs = _lungs(config, folder)
+        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
         verdict = add_verdict(result.paths["bundle"], cohort, tracker)
         explained = add_ranking(result.paths["bundle"], cohort, tracker)
         tracker.log_artifact(result.paths["history"])
@@ -134,6 +142,23 @@ def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str |
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
         tracker.log_artifact(result.paths["history"])
     return result
+
+
+def _lungs(config: Config, folder: RunFolder) -> "LungView | None":
+    """What a classifier of radiographs sees. Its lung model is copied into the run first: a run that goes on must not
+    meet another model under the same name."""
+    from medseg.bundle import LUNGS, copy_bundle, load_bundle
+    from medseg.data.lung_view import load_lung_model
+    from medseg.predict import lung_view
+
+    if config.lungs is None or config.task.kind != "classification":
+        return None
+    if not config.lungs.model:
+        return lung_view(config.lungs, None)
+    kept = folder.path / LUNGS
+    if not kept.is_dir():
+        copy_bundle(load_lung_model(config.lungs.model, folder.workspace, "lungs.model").folder, kept)
+    return lung_view(config.lungs, load_bundle(kept))
 
 
 def _plan_folder(config: Config, cohort: Cohort) -> Path:

@@ -103,7 +103,17 @@ def _explain(
     from medseg.explain import step
 
     config, ingest = bundle.config.explain.settled(bundle.explanation.get("chosen")), bundle.config.ingest.for_use()
-    return step.run(config, net, bundle.plan, bundle.labels, scans, split, predictions=out, ingest=ingest)
+    return step.run(
+        config,
+        net,
+        bundle.plan,
+        bundle.labels,
+        scans,
+        split,
+        predictions=out,
+        ingest=ingest,
+        lungs=bundle.config.lungs,
+    )
 
 
 def _nameless_ledger(ledger: Path, run_folder: Path, workspace: Path, is_cohort: bool) -> Path:

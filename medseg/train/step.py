@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medseg.bundle import save_bundle
+from medseg.bundle import Bundle, save_bundle
 from medseg.cohort import Case, Cohort
 from medseg.config import Config, TaskConfig, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import Example, load_examples
+from medseg.data.lung_view import LungView
 from medseg.feature_distance import CohortDistance
 from medseg.files import UserError, read_json, write_json, write_text
 from medseg.label_sets import read_set
@@ -37,7 +38,14 @@ _MEMORY_TOLERANCE = 0.10
 
 
 def run(
-    config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, tracker: Tracker, *, resume: bool = False
+    config: Config,
+    cohort: Cohort,
+    plan: Plan,
+    folder: RunFolder,
+    tracker: Tracker,
+    *,
+    resume: bool = False,
+    lungs: LungView | None = None,
 ) -> Result:
     """Train on the cohort's train split, watch the val split, write `runs/<id>/bundle`.
 
@@ -45,6 +53,7 @@ def run(
         folder: the run's folder; checkpoints and the history go there.
         tracker: the run in MLflow.
         resume: go on from the newest checkpoint.
+        lungs: what a classifier of radiographs sees; its lung model goes into the bundle. By default all.
 
     Raises:
         UserError: a split is empty, a class is missing from it, the plan or the pretrained weights do not fit the
@@ -62,7 +71,15 @@ def run(
     tracker.log_artifact(folder.path / "plan.yaml")
 
     cache = folder.workspace / "cache"
-    load = partial(load_examples, cohort, plan=plan, cache=cache, multi_label=config.task.multi_label)
+    load = partial(
+        load_examples,
+        cohort,
+        plan=plan,
+        cache=cache,
+        multi_label=config.task.multi_label,
+        label_maps=config.task.kind == "segmentation",
+        lungs=lungs,
+    )
     similarity = config.predict.min_similarity if config.model.takes_prior else None
     train_examples = load(cohort.split("train"), min_similarity=similarity, what="training cases")
     has_val = any(case.split == "val" for case in cohort.cases)
@@ -101,11 +118,12 @@ def run(
     if config.train.fold is not None and config.task.kind == "segmentation":
         calibration = calibrate_voxels(training.average, val_examples, plan, device, seed=config.seed)
         tracker.log_metrics({f"oof_{name}": value for name, value in calibration.items()}, step=0)
+    model = lungs.model if lungs is not None else None
     most = config.train.distance_cases
     distance = fit_cohort_distance(
         training.average, train_examples, val_examples, plan, config.predict, device, most_cases=most
     )
-    return _finish(config, cohort, plan, folder, training, memory, calibration, distance)
+    return _finish(config, cohort, plan, folder, training, memory, calibration, distance, model)
 
 
 def with_plan(config: Config, plan: Plan) -> Config:
@@ -173,6 +191,8 @@ def check_cohort(config: Config, cohort: Cohort) -> None:
             )
         if task.kind == "classification" and cases:
             _check_classes(cohort.folder / "cohort.csv", split, cases, task)
+        if config.lungs is not None and config.lungs.mask != "none" and not config.lungs.model:
+            _check_masks(cohort.folder / "cohort.csv", split, cases)
 
 
 def _labels_fit(task: TaskConfig, cohort: Cohort) -> bool:
@@ -209,6 +229,14 @@ def _check_classes(table: Path, split: str, cases: Sequence[Case], task: TaskCon
                 f"{table}: label {label!r} is present in every case of split {split!r} "
                 f"({len(cases)} cases); change ingest.split or add cases without it."
             )
+
+
+def _check_masks(table: Path, split: str, cases: Sequence[Case]) -> None:
+    if bare := [case.case_id for case in cases if not case.label]:
+        raise UserError(
+            f"{table}: case {bare[0]!r} of split {split!r} has no lung mask ({len(bare)} such); leave it out, "
+            "or name lungs.model."
+        )
 
 
 def _set_pretrained(net: torch.nn.Module, config: Config, folder: RunFolder, tracker: Tracker) -> None:
@@ -265,6 +293,7 @@ def _finish(
     memory: dict[str, float],
     calibration: dict[str, float] | None,
     distance: CohortDistance | None,
+    lungs: Bundle | None,
 ) -> Result:
     last = training.history[-1]
     metrics = {name: value for name, value in last.items() if name.startswith(("val_", "train_"))}
@@ -277,6 +306,7 @@ def _finish(
         cohort_sha256=cohort.sha256,
         metrics=metrics,
         calibration=calibration,
+        lungs=lungs,
         distance=distance,
     )
     figures = {

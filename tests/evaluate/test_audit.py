@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medseg.cohort import Case, Cohort, write_cohort
 from medseg.config import AuditConfig
 from medseg.data.phantom import draw_radiograph_parameters, render_radiograph
-from medseg.evaluate.audit import borders, cohort_items, masks, model_items, step
+from medseg.evaluate.audit import borders, cohort_items, model_items, step
 from medseg.evaluate.audit.item import judge, worst
 from medseg.evaluate.audit.probe import deal_folds, name_unseen
 from medseg.evaluate.audit.subject import Subject, sample_cases
@@ -203,37 +203,6 @@ def test_an_interval_decides_and_a_missing_one_is_no_pass() -> None:
     assert judge(Estimate(0.5, float("nan"), float("nan"), 1), 0.6, "below", "interval") == "not assessable"
     assert judge(Estimate(float("nan"), 0, 1, 1), 0.6, "below", "value") == "not assessable"
     assert (worst(["pass", "fail", "not assessable"]), worst([])) == ("fail", "not assessable")
-
-
-def test_mask_geometry_has_its_known_answers() -> None:
-    mask = np.zeros((40, 40), bool)
-    mask[10:30, 6:16] = mask[10:30, 24:34] = True
-    hull = masks.convex(mask)
-    assert hull[10:30, 6:34].all()
-    assert hull.sum() == 20 * 28
-    grown = masks.dilate(mask, 2)
-    assert grown[8, 10]
-    assert grown[20, 4]
-    assert not grown[7, 10]
-    assert not grown[8, 4], "a corner is farther than 2"
-    grey = np.where(mask, 200, 40).astype(np.uint8)
-    grey[0, 0] = 255
-    grey[15, 10] = 0
-    np.testing.assert_array_equal(masks.lung_fields(grey), mask)
-    assert masks.implausible(mask) == ""
-    assert "1 part" in masks.implausible(hull)
-    assert "covers" in masks.implausible(np.zeros((9, 9), bool))
-    thin = mask.copy()
-    thin[12:30, 6:16] = False
-    assert "times the other" in masks.implausible(thin)
-    half = masks.fit(mask, (20, 20))
-    np.testing.assert_array_equal(masks.fit(half, (40, 40)), mask)
-    image = np.arange(1600).reshape(40, 40)
-    assert masks.inside_only(image, mask)[~mask].max() == 0
-    assert (masks.outside_only(image, mask)[~mask] == image[~mask]).all()
-    line = np.zeros((9, 9), bool)
-    line[4, 2:7] = True
-    np.testing.assert_array_equal(masks.convex(line), line)
 
 
 def test_borders_change_what_they_say_and_nothing_else() -> None:

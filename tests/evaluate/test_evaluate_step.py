@@ -78,7 +78,7 @@ def test_what_a_case_does_not_annotate_has_no_figures_whatever_was_predicted(tmp
     assert result.figures["mean_dice"] == 1
     assert metrics["annotated"] == {"core": 2, "shell": 4}
     assert {name: found["n"] for name, found in metrics["classes"]["core"].items()} == dict.fromkeys(
-        ("dice", "hd95_mm", "surface_dice", "volume_error_ml"), 2
+        ("dice", "iou", "hd95_mm", "surface_dice", "volume_error_ml"), 2
     )
     assert metrics["classes"]["shell"]["dice"]["n"] == 4
     cells = {row["case_id"]: row for row in read_rows(tmp_path / "out" / "cases.csv")}

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case
+from medseg.data import lungs as masks
 from medseg.data.preprocess import prepare
-from medseg.evaluate.audit import masks
 from medseg.evaluate.audit.item import Item, figures_of, judged, missing
 from medseg.evaluate.audit.probe import name_unseen
 from medseg.evaluate.audit.subject import SEED, Subject

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case
-from medseg.evaluate.audit import masks
+from medseg.data import lungs as masks
 from medseg.evaluate.audit.borders import CHANGES
 from medseg.evaluate.audit.cohort_items import name_classes_without_lungs
 from medseg.evaluate.audit.item import Item, figures_of, judged, missing

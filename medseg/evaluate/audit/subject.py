@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case, Cohort
-from medseg.config import AuditConfig
-from medseg.evaluate.audit import masks
+from medseg.config import AuditConfig, LungsConfig
+from medseg.data import lungs as masks
 from medseg.evaluate.scoring import Change, Scorer
 from medseg.images import read_image
 from medseg.progress import progress
@@ -34,7 +34,8 @@ class Subject:
     Attributes:
         cases: labelled, of the audited split.
         sample: labelled cases of all splits, for small networks that are trained for the audit.
-        find_lungs: lung fields of a case on the grid of its image, or None where they are not known.
+        find_lungs: lung fields of a case on the grid of its image, above 0 inside, or None where they are not known.
+        limits: of plausible lung fields.
     """
 
     scorer: Scorer
@@ -45,6 +46,7 @@ class Subject:
     verdict: Verdict
     config: AuditConfig
     find_lungs: FindLungs | None = None
+    limits: LungsConfig = field(default_factory=LungsConfig)
     _lungs: dict[str, masks.Mask | str] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -111,8 +113,8 @@ class Subject:
         if array is None:
             return "no lung mask"
         scale = min(1.0, _MASK_SIDE / max(image.array.shape))
-        mask = masks.fit(masks.lung_fields(array), tuple(max(1, round(n * scale)) for n in image.array.shape))
-        return "implausible lung mask" if masks.implausible(mask) else mask
+        mask = masks.fit(np.asarray(array).astype(np.bool_), tuple(max(1, round(n * scale)) for n in image.array.shape))
+        return "implausible lung mask" if any(masks.check(mask, self.limits)) else masks.lung_fields(mask)
 
 
 def sample_cases(cases: Sequence[Case], most: int) -> list[Case]:

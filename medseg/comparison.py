@@ -1,0 +1,98 @@
+"""What several models measured on the same cases, side by side: `medseg models compare`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medseg.bundle import Bundle, load_bundle
+from medseg.config import ReportConfig
+from medseg.files import UserError, read_json, write_json
+from medseg.report import comparison_page
+from medseg.report import step as report_step
+from medseg.result import Result
+from medseg.runs import find_run
+
+SCHEMA_VERSION = 1
+FOLDS = "folds"
+"""In place of a split: the out-of-fold predictions of joined folds."""
+
+EXPERIMENTS = ("tb_radiograph", "tb_lungs_tight", "tb_lungs_dilated", "tb_lungs_convex")
+"""Configs of the experiments of Rahman et al. 2020 (arXiv:2007.14895) on whole radiographs and on segmented lungs, and
+of two wider masks, since tight ones cut off what lies at the rim."""
+
+NETWORKS: Mapping[str, Sequence[str]] = {
+    "resnet18": ["model={name: resnet, depth: 18}"],
+    "resnet50": ["model={name: resnet, depth: 50}"],
+    "resnet101": ["model={name: resnet, depth: 101}"],
+    "chexnet": ["model={name: densenet, depth: 121}"],
+    "inception_v3": ["model={name: inception_v3}", "plan.size_px=299"],
+    "vgg19": ["model={name: vgg, depth: 19}"],
+    "densenet201": ["model={name: densenet, depth: 201}"],
+    "squeezenet": ["model={name: squeezenet}"],
+    "mobilenet_v2": ["model={name: mobilenet_v2}"],
+}
+"""The nine networks of that paper, each as overrides of a config."""
+
+
+def run(models: Sequence[str], workspace: Path, out: Path, *, split: str = "test") -> Result:
+    """Put what models measured side by side, as `out/comparison.json` and a page.
+
+    Args:
+        models: run ids, or bundles whose runs are in the workspace; each evaluated on `split`.
+        split: `train`, `val` or `test`; or `folds`, for what joined folds measured on cases that they had not seen.
+
+    Raises:
+        UserError: a model has no figures of this split.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder.")
+    lines = [_line(load_bundle(model, workspace), workspace, split) for model in models]
+    path = write_json(out / comparison_page.FILE, {"schema_version": SCHEMA_VERSION, "split": split, "models": lines})
+    page = report_step.run(ReportConfig(), out)
+    rows = [_row(line) for line in lines]
+    return Result("models", "done", {"comparison": path, **page.paths}, {"models": len(lines)}, rows=rows)
+
+
+def _line(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
+    config, lungs = bundle.config, bundle.config.lungs
+    folder = find_run(workspace, bundle.run_id).path / "evaluation" / split
+    metrics = bundle.evidence.get("cross_validation") if split == FOLDS else _read(folder / "metrics.json")
+    if not metrics:
+        remedy = "join its folds" if split == FOLDS else f"run `medseg evaluate {bundle.run_id} --split {split}`"
+        raise UserError(f"model {bundle.run_id!r} has no figures of {split!r}; {remedy} first.")
+    figures = {name: metrics[name] for name in comparison_page.RATES if name in metrics}
+    if config.task.kind == "segmentation":
+        for label, found in metrics["classes"].items():
+            figures |= {f"{name}_{label}": found[name] for name in comparison_page.OVERLAPS}
+    figures |= _energy(_read(folder / "predictions" / "explanation.json"))
+    return {
+        "run_id": bundle.run_id,
+        "name": config.name,
+        "task": config.task.measured_as,
+        "network": config.model.variant,
+        "sees": "whole images" if lungs is None or lungs.mask == "none" else f"lungs, {lungs.mask} mask",
+        "seed": config.seed,
+        "cohort_sha256": bundle.facts["cohort_sha256"],
+        "cases": metrics.get("n_measured", metrics.get("n")),
+        "figures": figures,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return found
+
+
+def _energy(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The share of the activation maps' energy where it should be, by the method that explained the cases."""
+    for found in summary.values():
+        if energy := found["checks"].get("energy"):
+            return {"energy": {"value": energy["mean"], **energy["mean_interval"], "n": energy["n"]}}
+    return {}
+
+
+def _row(line: Mapping[str, Any]) -> dict[str, object]:
+    """A line of the table on the screen: the values alone."""
+    values = {name: found.get("mean", found.get("value")) for name, found in line["figures"].items()}
+    told: dict[str, object] = {name: line[name] for name in ("run_id", "name", "network", "cases")}
+    return told | {name: None if value is None else round(value, 4) for name, value in values.items()}
