@@ -106,6 +106,19 @@ class Bundle:
         return found
 
     @property
+    def trained_sites(self) -> Sequence[str] | None:
+        """Where the cases of training and validation come from; None when that was not recorded."""
+        about = self.verdict.fitted if self.verdict else self.facts.get("adapted") or {}
+        return about.get("trained_sites")
+
+    @property
+    def retest(self) -> Mapping[str, Any]:
+        """The test-retest noise of its volumes: `labels` (see `medseg.change.Retest`), `within_days`, `cohort_sha256`;
+        empty where it was not measured."""
+        found: Mapping[str, Any] = self.facts.get("retest") or {}
+        return found
+
+    @property
     def explanation(self) -> Mapping[str, Any]:
         """What was measured of the activation maps, with the method and layer chosen; empty where nothing was."""
         known = EXPLANATION in self.facts["files"]
@@ -188,7 +201,7 @@ def save_bundle(
     others = [*states, *(attached or {})]
     with _new_folder(folder) as part:
         for name, state in states.items():
-            _write_weights(part / name, state)
+            write_weights(part / name, state)
         for name, text in (attached or {}).items():
             write_text(part / name, text)
         if distance is not None:
@@ -211,10 +224,20 @@ def with_verdict(
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
-    if run_id is not None:
-        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
-    return _rewritten(bundle, folder, facts, config or bundle.config, verdict)
+    return _rewritten(bundle, folder, _facts_from(bundle, run_id), config or bundle.config, verdict)
+
+
+def with_retest(bundle: Bundle, folder: Path, retest: Mapping[str, Any], *, run_id: str) -> Path:
+    """Write a bundle with the weights and plan of another and its measured test-retest noise (see `Bundle.retest`).
+
+    Args:
+        run_id: the run that measured it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {**_facts_from(bundle, run_id), "retest": retest}
+    return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict)
 
 
 def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any]) -> Path:
@@ -223,8 +246,7 @@ def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
-    facts["explained_by"] = {**explanation["chosen"], "n": explanation["n"]}
+    facts = {**_facts_from(bundle), "explained_by": {**explanation["chosen"], "n": explanation["n"]}}
     return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict, explanation)
 
 
@@ -245,6 +267,34 @@ def _rewritten(
         if explanation is not None:
             kept.append(write_json(part / EXPLANATION, explanation).name)
         _write_about(part, facts, config, bundle.plan, verdict, kept)
+    return folder
+
+
+def with_weights(
+    bundle: Bundle, folder: Path, states: "Sequence[Mapping[str, Tensor]]", adapted: Mapping[str, Any], *, run_id: str
+) -> Path:
+    """Write a bundle with the config and plan of another and other weights, without its calibration, its verdict, its
+    distance from the training cohort and what was measured of its activation maps.
+
+    Args:
+        states: the weights, of joined folds those of each.
+        adapted: what they were adapted to, for `bundle.json` and the model card.
+        run_id: the run that adapted it; see `with_verdict`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {**_facts_from(bundle, run_id), "calibration": None, "operating_point": None, "adapted": adapted}
+    for measured in ("explained_by", "feature_distance"):
+        facts.pop(measured, None)
+    names = [str(member["weights"]) for member in bundle.members] or [WEIGHTS]
+    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT, EXPLANATION, DISTANCE, *names)]
+    with _new_folder(folder) as part:
+        for name, state in zip(names, states, strict=True):
+            write_weights(part / name, state)
+        for name in kept:
+            shutil.copyfile(bundle.folder / name, part / name)
+        _write_about(part, facts, bundle.config, bundle.plan, None, [*names, *kept])
     return folder
 
 
@@ -301,6 +351,16 @@ def read_weights(bundle: Bundle, name: str = WEIGHTS) -> dict[str, "Tensor"]:
     return weights
 
 
+def write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> Path:
+    """Write tensors on any device as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}
+    with replacing(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt"})
+    return path
+
+
 def check_target(folder: Path) -> None:
     """A bundle may take the place of nothing and of another bundle only. Raises UserError where it would of more."""
     if folder.exists() and not (folder / "bundle.json").is_file() and not _is_empty(folder):
@@ -337,6 +397,14 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _facts_from(bundle: Bundle, run_id: str | None = None) -> dict[str, Any]:
+    """The facts of a bundle for one made from it, by a run where one is named."""
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    if run_id is not None:
+        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    return facts
+
+
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
@@ -360,14 +428,6 @@ def _write_about(
     write_text(part / "MODEL_CARD.md", model_card(facts, config, plan, verdict))
     facts["files"] = {name: sha256_file(part / name) for name in names}
     write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
-
-
-def _write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> None:
-    from safetensors.torch import save_file
-
-    own = {name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}
-    with replacing(path) as temporary:
-        save_file(own, temporary, metadata={"format": "pt"})
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from medseg.evaluate import step as evaluate_step
 from medseg.evaluate.outcomes import Outcome, read_outcomes
 from medseg.feature_distance import join_distances
 from medseg.files import UserError, write_text
-from medseg.plan import write_plan
+from medseg.plan import IMAGE_FIELDS, write_plan
 from medseg.predict import postprocess
 from medseg.predict import step as predict_step
 from medseg.result import Result
@@ -183,9 +183,7 @@ def _common(config: Config) -> Mapping[str, Any]:
 
 
 def _grid(bundle: Bundle) -> tuple[object, ...]:
-    plan = bundle.plan
-    intensities = (plan.intensity_low, plan.intensity_high, plan.intensity_mean, plan.intensity_sd)
-    return plan.spacing_mm, plan.size_px, plan.normalise, intensities
+    return tuple(getattr(bundle.plan, name) for name in IMAGE_FIELDS)
 
 
 def _member(fold: Fold) -> dict[str, Any]:

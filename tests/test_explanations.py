@@ -18,6 +18,7 @@ from medseg.files import UserError, read_json
 from medseg.models import build_from_config, build_model
 from medseg.plan import Plan
 from medseg.predict import load_network
+from medseg.report.run_page import _explanations
 
 METHODS = "explain.rank={cases: 3, methods: [gradcam, hirescam, fullgrad], stages: 2}"
 
@@ -91,6 +92,10 @@ def test_passing_is_counted_as_in_a_prediction_folder() -> None:
         assert (check["n"], check["share"]) == (3, pytest.approx(2 / 3))
         assert check["ci_low"] < check["share"] < check["ci_high"]
     assert row["checks"]["road"]["mean"] == pytest.approx(0.35 / 3)
+    told = {"n": 4, "split": "val", "chosen": {"method": "a"}, "candidates": [row]}
+    table = _explanations(told)
+    assert table is not None
+    assert [cell.text for cell in table.rows[0]] == ["a", "l", "1.00", "0.67", "0.67"], "shares, no means"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from medseg.config.fields import Count, Share, Strict
 
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
+ExamUnit = Literal["order", "days", "months", "years"]
 
 
 class SplitConfig(Strict):
@@ -33,6 +34,7 @@ class TableConfig(Strict):
     patient: str = "patient_id"
     site: str = "site"
     split: str = "split"
+    exam: str = "exam"
     annotated: str = ""
 
 
@@ -84,7 +86,8 @@ class IngestConfig(Strict):
 
     `names` says what becomes of the names of NIfTI, PNG and JPEG files, and of sites in a table: `keyed` replaces them
     by pseudonyms, as those of DICOM always are; `kept` states that they identify no one, as in a public dataset.
-    `dates` of examinations are shifted, by one number of days for all of a patient, or dropped.
+    `dates` of examinations are shifted, by one number of days for all of a patient, or dropped. `exam_unit` is what the
+    number of an examination without a letter counts (d129 is days, m12 months, y2 years, whatever it says).
     """
 
     modality: tuple[str, ...] = ()
@@ -111,6 +114,7 @@ class IngestConfig(Strict):
     radiograph_window: Literal["none", "voi"] = "none"
     names: Literal["keyed", "kept"] = "keyed"
     dates: Literal["shift", "drop"] = "shift"
+    exam_unit: ExamUnit = "order"
     split: SplitConfig = SplitConfig()
 
     @field_validator("description", "label_name", "image_path")

@@ -34,6 +34,7 @@ class Truth:
     patient: str = field(default="", repr=False)
     site: str = ""
     split: str = ""
+    exam: str = field(default="", repr=False)
     annotated: str = ""
 
 
@@ -231,6 +232,7 @@ def _truth(
         patient=cells.get("patient", ""),
         site=cells.get("site", ""),
         split=split,
+        exam=cells.get("exam", ""),
         annotated=write_set(read_set(cells["annotated"]), task.labels) if cells.get("annotated") else "",
     )
 

@@ -21,6 +21,7 @@ from medseg.predict.export_nifti import write_mask
 from medseg.predict.jobs import Job
 from medseg.predict.predictor import Prediction
 from medseg.predict.preview import write_preview
+from medseg.predict.priors import Earlier, Prior
 from medseg.tracking.failure import scrub
 
 _OUTPUTS = ("mask.nii.gz", "mask.png", SEGMENTATION, REPORT, "preview.png", "failure.txt")
@@ -34,15 +35,17 @@ class CaseFolder:
     Attributes:
         path: `<out>/<case_id>`.
         input_sha256: of the scan; empty when it cannot be read.
+        earlier: the examination whose mask the network is shown, if it takes one and there is one.
     """
 
     path: Path
     job: Job
     bundle: Bundle
     input_sha256: str = ""
+    earlier: Earlier | None = None
 
     def finished(self) -> Row | None:
-        """The ledger row, if nothing is left to do: same scan, same model, outputs in place, not failed."""
+        """The ledger row, if nothing is left to do: same scan, model and prior, outputs in place, not failed."""
         file = self.path / "result.json"
         if not file.is_file():
             return None
@@ -50,12 +53,14 @@ class CaseFolder:
             result = read_json(file)
             row = Row.from_result(result)
             outputs = [self.path / name for name in result["outputs"]]
+            prior = {name: result["prior"][name] for name in ("case_id", "mask_sha256")} if result.get("prior") else {}
         except (UserError, KeyError, TypeError, AttributeError):
             return None  # of another layout, so made anew
         same = (row.input_sha256, row.bundle_sha256) == (self.input_sha256, self.bundle.sha256)
+        same = same and prior == (self.earlier.facts() if self.earlier else {})
         return row if same and row.status != "failed" and all(output.is_file() for output in outputs) else None
 
-    def write(self, scan: Scan, prediction: Prediction, seconds: dict[str, float]) -> Row:
+    def write(self, scan: Scan, prediction: Prediction, seconds: dict[str, float], prior: Prior | None = None) -> Row:
         """Write mask, DICOM SEG and SR (of a scan that came as DICOM), preview and, last, the result."""
         start = time.monotonic()
         self._clear()
@@ -85,6 +90,7 @@ class CaseFolder:
             outputs=[path.name for path in outputs],
             spacing_mm=first.spacing_mm,
             shape=first.array.shape,
+            **({"prior": prior.facts} if prior else {}),
         )
 
     def write_rejection(self, refused: Refused) -> Row:
@@ -164,6 +170,7 @@ class CaseFolder:
             "input_sha256": self.input_sha256,
             "output_sha256": "",
             "bundle": self.bundle.identity(),
+            "prior": self.earlier.facts() if self.earlier else None,
             "image": self.job.images,
             "outputs": [],
             **more,

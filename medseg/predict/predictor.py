@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from medseg.bundle import WEIGHTS, Bundle, read_weights
 from medseg.cohort import Finding
 from medseg.data.preprocess import Prepared, normalised_limit, prepare
+from medseg.data.prior import as_channels
 from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
@@ -23,6 +25,7 @@ from medseg.models.features import mean_features
 from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
 from medseg.predict.postprocess import apply_all
+from medseg.predict.priors import Prior
 from medseg.predict.trust import Trust, judge
 from medseg.predict.watching import watched
 from medseg.predict.windows import WorkingSet, segment_array
@@ -87,20 +90,35 @@ class Predictor:
             raise Refused("channels", f"It has {len(scan.channels)} channels, but the model takes: {names}.")
         return prepare(scan.channels, self.bundle.plan)
 
+    @property
+    def takes_prior(self) -> bool:
+        """Whether the network takes the mask of an earlier examination."""
+        return self.bundle.config.model.takes_prior
+
     def predict(
-        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None = None
+        self,
+        scan: Scan,
+        prepared: Prepared,
+        announce: Callable[[WorkingSet], None] | None = None,
+        prior: Prior | None = None,
     ) -> Prediction:
         """Segment or classify a scan that `prepare` has prepared.
 
         Args:
             announce: is told what memory segmenting takes, before most of it is taken.
+            prior: the mask of an earlier examination, for a network that takes one.
         """
         with self._measuring() as measured:
-            said = self._classified(scan, prepared) if self._classifies else self._segmented(scan, prepared, announce)
-        distance = measured()
+            if self._classifies:
+                said = self._classified(scan, prepared)
+            else:
+                said = self._segmented(scan, prepared, announce, prior)
+        shown = prior is not None and prior.codes is not None
+        distance = None if shown else measured()  # the limit is that of features without a prior
         limit = self._distance.limit if self._distance is not None else None
         found = (*_warnings(scan), *check_scan(scan, self.bundle.plan), *check_distance(distance, limit))
-        return replace(said, flags=(*found, *said.flags), feature_distance=distance)
+        earlier = prior.findings if prior else ()
+        return replace(said, flags=(*found, *earlier, *said.flags), feature_distance=distance)
 
     @property
     def _classifies(self) -> bool:
@@ -127,7 +145,9 @@ class Predictor:
         called = call_labels(probs) if multi_label else called_class(probs, self.bundle.operating_point)
         return Prediction(None, {}, probs, called, (), verdict=self._verdict(scan, probs))
 
-    def _segmented(self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None) -> Prediction:
+    def _segmented(
+        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None, prior: Prior | None
+    ) -> Prediction:
         bundle, told = self.bundle, list[WorkingSet]()
 
         def listen(found: WorkingSet) -> None:
@@ -137,7 +157,7 @@ class Predictor:
 
         temperatures = [float(member["temperature"]) for member in bundle.members] or [bundle.temperature]
         with watched(self.net, temperatures, bundle.config.predict.mirror_axes) as watcher:
-            mask = self._cleaned(Volume(self._segment(prepared, listen), scan.channels[0].affine))
+            mask = self._cleaned(Volume(self._segment(prepared, listen, prior), scan.channels[0].affine))
         volumes_ml = measure_volumes(mask, bundle.labels) if scan.kind == "volume" else {}
         trust = judge(watcher.features(bundle.labels), bundle.evidence)
         flags = (*check_mask(mask, bundle.labels), *check_volumes(volumes_ml, bundle.evidence))
@@ -157,24 +177,28 @@ class Predictor:
         except Refused as error:
             raise UserError(f"{path}: {error.reason}") from error
 
-    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None]) -> NDArray[Any]:
+    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None], prior: Prior | None) -> NDArray[Any]:
         plan, config = self.bundle.plan, self.bundle.config.predict
-        native = prepared.native_shape
-        volume = len(native) == 3
+        image = torch.from_numpy(prepared.image)
+        if prior is not None and prior.codes is not None:
+            codes = torch.from_numpy(prior.codes.astype(np.int32))[None, None]
+            image = torch.cat([image, as_channels(codes, self.bundle.config.task.out_channels)[0]])
+        covered = prepared.covered_shape
+        volume = len(covered) == 3
         axes = closest_axes(prepared.native_affine)[0] if volume else range(2)
         labels = segment_array(
             self.net,
-            prepared.image,
+            image,
             plan.patch_size,
             config.overlap,
-            out_shape=tuple(native[axis] for axis in axes),
+            out_shape=tuple(covered[axis] for axis in axes),
             memory_gb=config.memory_gb,
             window_batch=config.window_batch,
             mirror_axes=config.mirror_axes,
             air_below=normalised_limit(config.air_below, plan),
             announce=announce,
         )
-        return from_canonical(labels, prepared.native_affine) if volume else labels
+        return from_canonical(labels, prepared.native_affine) if volume else prepared.onto_scan(labels)
 
     def _cleaned(self, mask: Volume) -> Volume:
         """With the post-processing that the bundle's own evidence speaks for; without any, the mask as it is."""

@@ -11,6 +11,7 @@ from medseg.files import UserError, read_rows, write_bytes
 from medseg.label_sets import EMPTY
 from medseg.report import page
 from medseg.report.cases import CaseView, draw_case, explain_in_words, flag_texts, remove_stale
+from medseg.report.changes import show_changes
 from medseg.report.figures import draw_scene, embedded
 from medseg.report.page import STATUS_TONES, Cell, Picture, Table, anchor, capped, number, words
 from medseg.report.slices import is_withheld, load_map
@@ -58,6 +59,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         attention=_attention([row for row in shown if row["status"] != "done"], results, {c.case_id for c in drawn}),
         scans=_table(shown, results, {case.case_id for case in drawn}, len(rows)),
         queue=_queue(folder / "review_queue.csv", {case.case_id for case in drawn}),
+        changes=show_changes(folder, config.max_cases),
         drawn=drawn,
         note=capped(
             sum(row["status"] in ("done", "flagged") for row in rows), len(drawn), "finished scans", "the table"

@@ -19,6 +19,7 @@ from medseg.report.figures import draw_thumbnail
 from medseg.report.page import Picture, Table, capped, number, words
 from medseg.report.slices import load_scene
 from medseg.report.sources import read_mapping, without_folders
+from medseg.volume import sampled
 
 PERCENTS = tuple(range(0, 101, 5))
 AXES = ("first axis", "second axis", "third axis")
@@ -83,7 +84,7 @@ def _look(cohort: Cohort, cases: Sequence[Case]) -> tuple[list[Thumbnail], dict[
         except UserError as error:
             thumbnails.append(Thumbnail(case.case_id, lead, None, without_folders(str(error))))
             continue
-        values = scene.image.ravel()[:: max(1, scene.image.size // 200_000)].astype(np.float64)
+        values = sampled(scene.image, 200_000).astype(np.float64)
         curves[case.case_id] = [float(v) for v in np.percentile(values[np.isfinite(values)], PERCENTS)]
         thumbnails.append(Thumbnail(case.case_id, lead, _thumbnail(case, draw_thumbnail(scene))))
     return thumbnails, curves
@@ -104,6 +105,7 @@ def _facts(cohort: Cohort, rejects: int) -> list[tuple[str, str]]:
     facts = [
         ("Cases", str(len(cases))),
         ("Patients", str(len({case.patient_id for case in cases}))),
+        ("Examined on several days", _followed(cases)),
         ("Refused", str(rejects)),
         ("Sites", str(len(sites)) if sites else ""),
         ("With label", str(sum(bool(case.label or case.target) for case in cases))),
@@ -114,6 +116,16 @@ def _facts(cohort: Cohort, rejects: int) -> list[tuple[str, str]]:
         ("Cohort", cohort.sha256[:12]),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _followed(cases: Sequence[Case]) -> str:
+    """How many patients were; empty where none is known to have been."""
+    days: dict[str, set[int]] = defaultdict(set)
+    for case in cases:
+        if case.exam_day is not None:
+            days[case.patient_id].add(case.exam_day)
+    count = sum(len(found) > 1 for found in days.values())
+    return f"{count} patients" if count else ""
 
 
 def _tally(values: Iterable[str]) -> str:

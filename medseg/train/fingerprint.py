@@ -82,7 +82,7 @@ def measure_cohort(cohort: Cohort, cases: Sequence[Case], task: TaskConfig) -> F
         }
         if flat:
             return Fingerprint(spacings, shapes, **facts)
-    chosen = [cases[i] for i in sorted(set(np.linspace(0, len(cases) - 1, _READ_CASES).round().astype(int)))]
+    chosen = spread(cases)
     with ThreadPoolExecutor(2) as pool:
         read = pool.map(lambda case: _read_case(cohort, case, task), chosen)
         measured = list(tracked(read, "Measuring the cohort", len(chosen)))
@@ -90,6 +90,11 @@ def measure_cohort(cohort: Cohort, cases: Sequence[Case], task: TaskConfig) -> F
     if task.kind == "segmentation":
         facts["classes"] = _class_balance(measured, task)
     return Fingerprint(spacings, shapes, **facts, foreground=() if flat else _foreground(measured))
+
+
+def spread(cases: Sequence[Case]) -> list[Case]:
+    """At most 64 of the cases, evenly spread: those whose pixels are read."""
+    return [cases[i] for i in sorted(set(np.linspace(0, len(cases) - 1, _READ_CASES).round().astype(int)))]
 
 
 def canonical_grids(cohort: Cohort, cases: Sequence[Case]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

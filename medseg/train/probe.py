@@ -17,7 +17,7 @@ from typing import Any
 
 from medseg.config import Config, dump_config, validate_config
 from medseg.files import UserError, dump_json
-from medseg.plan import Plan
+from medseg.plan import Plan, plan_of
 
 _OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
 _KILLED = 9
@@ -72,10 +72,7 @@ def _main() -> None:
 
     order = json.load(sys.stdin)
     config = validate_config(yaml.safe_load(order["config"]), "the probe's config")
-    tree = order["plan"]
-    for name in ("patch_size", "spacing_mm", "size_px"):
-        tree[name] = tuple(tree[name])
-    print(json.dumps(_measure(config, Plan(**tree), order["steps"], order["case_size"])))
+    print(json.dumps(_measure(config, plan_of(order["plan"]), order["steps"], order["case_size"])))
 
 
 def _measure(config: Config, plan: Plan, steps: int, case_size: Sequence[int] | None) -> dict[str, float]:
