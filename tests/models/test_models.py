@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from medseg.config import validate_config
 from medseg.files import UserError
 from medseg.losses import WithLosses
 from medseg.models import MODELS, build_model
-from medseg.models.features import features_and_logits
+from medseg.models.features import features_and_logits, mean_features
 from medseg.plan import Plan
 from medseg.predict import load_network
 
@@ -132,6 +133,22 @@ def test_features_come_with_the_same_logits(name: str, dims: int) -> None:
         assert features.isfinite().all()
         assert not torch.equal(features[0], features[1])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_features_of_an_image_are_the_mean_over_its_passes(name: str, dims: int) -> None:
+    net, x = build(name, dims).eval(), image(name, dims)
+    found = []
+    for passes in ((x[:1],), (x[1:],), (x,), (x[1:], torch.ones_like(x), x[:1])):
+        with mean_features(net, classifies=MODELS[name][0].classifies) as (seen,), torch.no_grad():
+            for one in passes:
+                net(one)
+        found.append(seen.mean())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert np.isfinite(found[0]).all()
+    assert not np.allclose(found[0], found[1])
+    for both in found[2:]:
+        np.testing.assert_allclose(both, (found[0] + found[1]) / 2, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
