@@ -58,7 +58,7 @@ def attempt(path: Path) -> str:
             return "not_dicom"
         source = Source(
             case_id="x", kind="volume", source_kind="dicom", files=(path,), name="x", affine=np.eye(4),
-            slices=tuple((0, header.frame) for header in headers[:3]),
+            slices=tuple((0, header.frame) for header in headers[:3]), plain=(headers[0].plain,),
         )  # fmt: skip
         if headers[0].modality in RADIOGRAPH_MODALITIES:
             source = replace(source, kind="radiograph", affine=None, slices=())

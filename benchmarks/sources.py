@@ -3,9 +3,10 @@
     python -m benchmarks.sources CONFIG --cohort DIR --train SITE --test SITE [--options …] [--seeds 3] [--set A.B=C]
 
 Each option is a few overrides of CONFIG, trained once per seed as a run under --work (a run that is there already is
-not made again). Every network is scored twice at the other site, as trained and after `medseg models adapt` on all its
-images without labels. Specificity is at the highest threshold that finds 90 % of the positive cases of that site;
-intervals are from a bootstrap over patients. HOME is a quarter of the training site that no choice was made on.
+not made again, and one that was stopped goes on). Every network is scored twice at the other site: as trained, and
+adapted as `medseg models adapt` does to all images of that site, without labels. Specificity is at the highest
+threshold that finds 90 % of the positive cases of that site; intervals are from a bootstrap over patients. Home is a
+quarter of the training site's cases, on which no choice was made.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from medseg.config import Config, load_config
 from medseg.evaluate.scoring import Scorer
 from medseg.models.batch_norm import batch_norms, reestimate
 from medseg.predict import load_network
-from medseg.runs import create_run
+from medseg.runs import create_run, find_run
 from medseg.statistics import Estimate, aucs, bootstrap_rows
 from medseg.tracking import track
 from medseg.train import step
@@ -111,9 +112,11 @@ def trained(config: Config, cohort: Cohort, option: str, work: Path) -> Bundle:
     run_id = f"sources-{option.replace('+', '-')}-{config.seed}-{digest}"
     if not (work / "runs" / run_id / "bundle" / "bundle.json").is_file():
         step.check_cohort(config, cohort)
-        folder = create_run(work, "sources", run_id, **facts)
-        with track(folder, config.tracking, tags={"medseg.step": "train"}) as tracker:
-            step.run(config, cohort, make_plan(config, cohort), folder, tracker)
+        begun = (work / "runs" / run_id / "run.json").is_file()
+        folder = find_run(work, run_id) if begun else create_run(work, "sources", run_id, **facts)
+        saved = any((folder.path / "checkpoints").glob("step_*.pt"))
+        with track(folder, config.tracking, tags={"medseg.step": "train"}, resume=begun) as tracker:
+            step.run(config, cohort, make_plan(config, cohort), folder, tracker, resume=saved)
     return load_bundle(run_id, work)
 
 

@@ -34,7 +34,7 @@ def config(*overrides: str) -> Config:
         "export={}",
         "train={epochs: 16, validate_every: 16, warmup_steps: 2, learning_rate: 0.01, ema_decay: 0.8, precision: fp32}",
         "augment={probability: 0}",
-        "explain={max_cases: 1, cases: doubtful}",
+        "explain={max_cases: 1, cases: doubtful, rank: {cases: 1, methods: [gradcam]}}",
         "tracking={system_metrics: false, register_as: two_marks}",
         *overrides,
     )
@@ -82,6 +82,7 @@ def test_both_marks_are_learnt_and_measured_each_on_its_own(walked: Walked) -> N
         assert metrics[figure]["value"] == pytest.approx(sum(parts) / 2)
     assert evaluated.figures["auc_upper"] == pytest.approx(metrics["per_label"]["upper"]["auc"]["value"], abs=1e-5)
     assert "accuracy" not in evaluated.figures
+    assert trained.figures["explain_method"] == "gradcam"
     cases = {entry["case_id"]: entry for entry in read_json(out / "cases.json")}
     for case in cohort.split("test"):
         assert cases[case.case_id]["target"] == case.target

@@ -14,6 +14,7 @@ from medseg.config import ExplainChecksConfig, MethodConfig
 from medseg.explain import LAYERLESS, explain_score
 from medseg.explain.checks import energy_in_region, method_agreement, overlap_of_shifted, rank_correlation
 from medseg.explain.grids import enlarged
+from medseg.explain.hooks import frozen, logits_and_layer
 from medseg.explain.perturb import Probe, deletion_insertion, road
 from medseg.explain.randomise import cascade
 from medseg.explain.targets import Score
@@ -53,11 +54,20 @@ class Explained:
         """Whether anything speaks for the class."""
         return float(self.map_BDHW.max()) > 0
 
-    def again(self, x_BCDHW: Tensor, score: Score, *, method: str | None = None, net: Any = None) -> Float:
-        """(B, *) maps of other images, by another method or from another network, at the layer's own size."""
+    def again(self, x_BCDHW: Tensor, score: Score, *, net: Any = None) -> Float:
+        """(B, *) maps of other images, or from another network, at the layer's own size."""
         found = explain_score(
-            net or self.probe.net, x_BCDHW, score, method or self.method, self.layer, size="layer", config=self.config
+            net or self.probe.net, x_BCDHW, score, self.method, self.layer, size="layer", config=self.config
         )
+        return found.cpu().numpy()
+
+    def by_another(self, method: str) -> Float:
+        """The map of the same image by another method, at this one's layer, or at `last` where this one has none."""
+        net, x, layer = self.probe.net, self.probe.x_1CDHW, self.layer
+        if self.method in LAYERLESS and method not in LAYERLESS:
+            with frozen(net):
+                layer = logits_and_layer(net, x, "last")[1]
+        found = explain_score(net, x, self.probe.score, method, layer, size="layer", config=self.config)
         return found.cpu().numpy()
 
 
@@ -92,7 +102,7 @@ def measure(explained: Explained, checks: ExplainChecksConfig) -> dict[str, dict
         found["stability"] = {"value": _stability(explained, checks.shift_px)}
     if "agreement" in wanted:
         other = checks.agreement_with if checks.agreement_with != explained.method else "layercam"
-        second = explained.again(probe.x_1CDHW, probe.score, method=other)
+        second = explained.by_another(other)
         found["agreement"] = {
             "value": method_agreement(explained.map_BDHW[0].cpu().numpy(), _like(second, explained)),
             "with": other,

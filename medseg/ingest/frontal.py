@@ -46,7 +46,7 @@ def check_frontal(image: NDArray[Any]) -> Iterator[Finding]:
         )
         yield Finding("not_frontal_chest", "warning", message, round(turned[best] - upright, 3), TURN_MARGIN)
     elif upright < NO_CHEST_LIKENESS:
-        message = f"The picture does not look like a frontal chest radiograph (likeness {upright:.2f})."
+        message = f"The picture looks like no frontal chest radiograph (likeness {upright:.2f})."
         yield Finding("no_chest", "warning", message, round(upright, 3), NO_CHEST_LIKENESS)
     elif upright < DOUBTFUL_LIKENESS:
         message = f"The picture hardly looks like a frontal chest radiograph (likeness {upright:.2f})."

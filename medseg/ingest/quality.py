@@ -13,7 +13,7 @@ from medseg.cohort import Finding
 from medseg.config import IngestConfig
 from medseg.ingest.frontal import check_frontal
 from medseg.ingest.scan import Refused, Scan
-from medseg.volume import Volume
+from medseg.volume import Volume, sampled
 
 MIN_AXIS_VOXELS = 8
 MIN_RADIOGRAPH_PIXELS = 64
@@ -91,16 +91,16 @@ def _check_values(array: NDArray[np.generic], modality: str, offset_hu: float) -
         message = f"Every voxel has the value {low:g}; the image is empty."
         yield Finding("constant", "error", message, 0, 0)
         return
-    flat = array.reshape(-1)
-    levels = np.unique(flat[:: max(1, array.size // _SAMPLES)]).size
+    values = sampled(array, _SAMPLES)
+    levels = np.unique(values).size
     if levels < MIN_LEVELS:
         message = f"The image has only {levels} different values; is it a mask?"
         yield Finding("few_levels", "warning", message, levels, MIN_LEVELS)
     if modality == "CT":
-        yield from _check_hounsfield(flat, low, high, offset_hu)
+        yield from _check_hounsfield(values, low, high, offset_hu)
 
 
-def _check_hounsfield(flat: NDArray[np.generic], low: float, high: float, offset_hu: float) -> Iterator[Finding]:
+def _check_hounsfield(values: NDArray[np.generic], low: float, high: float, offset_hu: float) -> Iterator[Finding]:
     """Hounsfield units: air -1000, fat -100, tissue 50. A crop without air is usual, an offset of 1024 is no crop.
 
     A file that is in Hounsfield units already must not take the config's offset as well: its tissue lies below air.
@@ -109,8 +109,8 @@ def _check_hounsfield(flat: NDArray[np.generic], low: float, high: float, offset
         message = f"Values span {low:g} to {high:g}; Hounsfield units of a patient span more. Undo the normalisation."
         yield Finding("not_hounsfield", "warning", message, high - low, MIN_HU_RANGE)
         return
-    sampled = flat[:: max(1, flat.size // _SAMPLES)].astype(np.float64)
-    inside = sampled[sampled > low + 0.1 * (high - low)]
+    wide = values.astype(np.float64)
+    inside = wide[wide > low + 0.1 * (high - low)]
     middle = float(np.median(inside)) if inside.size else high
     if low > AIR_HU and middle > TISSUE_HU:
         message = (

@@ -3,11 +3,14 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from medseg.cohort import Finding, Reject
 from medseg.files import UserError
 from medseg.volume import Affine, Volume
+
+if TYPE_CHECKING:
+    from medseg.ingest.dicom_plain import Plain
 
 Kind = Literal["volume", "radiograph"]
 SourceKind = Literal["dicom", "nifti", "png"]
@@ -45,6 +48,7 @@ class Source:
         affine: (4, 4) of a DICOM series, column, row and slice indices to RAS+ world mm; None for other kinds. It is
             sheared where the gantry was tilted.
         slices: (index in `files`, frame within that file) of each slice of a DICOM series along the k axis.
+        plain: for each of `files` what reading its pixels takes, where its header told all of it; else empty.
         windowed: a radiograph's VOI look-up table or window is to be applied.
         offset_hu, orientation: of NIfTI files, as `IngestConfig` has them; 0 and empty leave them as they are.
         parts: the series of a case whose channels are series of their own, in order of `task.channels`; `files` then
@@ -67,6 +71,7 @@ class Source:
     match_names: tuple[str, ...] = field(default=(), repr=False)
     affine: Affine | None = field(default=None, repr=False, compare=False)
     slices: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    plain: tuple["Plain | None", ...] = field(default=(), repr=False)
     windowed: bool = False
     offset_hu: float = 0.0
     orientation: str = ""

@@ -19,7 +19,7 @@ import medseg
 from medseg.cohort import Case, Cohort, Finding, Reject, assign_splits, check_cases, write_cohort
 from medseg.config import Config
 from medseg.exams import exam_days
-from medseg.files import UserError, dump_json, read_json, sha256_file, sha256_files, write_json, write_rows
+from medseg.files import UserError, dump_json, read_json, sha256_file, write_json, write_rows
 from medseg.images import write_nifti
 from medseg.ingest import deidentify, duplicates, quality
 from medseg.ingest.deidentify import Names
@@ -31,12 +31,12 @@ from medseg.ingest.labels import Truth, match
 from medseg.ingest.pseudonyms import pseudonym, record_places
 from medseg.ingest.radiograph import write_radiograph_png
 from medseg.ingest.scan import Refused, Scan, Source, stem_of
-from medseg.ingest.sources import discover, read_source
+from medseg.ingest.sources import discover, hash_source, read_source
 from medseg.progress import progress
 from medseg.result import Result
 from medseg.volume import Volume, orientation_code
 
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 _RULES = {
     *("modality", "refuse", "dates", "offset_hu", "orientation"),
     *("label_threshold", "label_files", "label_values", "label_grid", "label_missing"),
@@ -176,10 +176,11 @@ class _CaseMaker:
     def make(self, source: Source, truth: Truth) -> Case | Reject:
         """Read, check and write one case, or take what an earlier ingest left."""
         try:
-            digest = self._inputs_digest(source, truth)
+            sha256 = hash_source(source)
+            digest = self._inputs_digest(source, sha256, truth)
             case = self._resume(source.case_id, digest)
             if case is None:
-                case = self._write(source, truth, digest)
+                case = self._write(source, sha256, truth, digest)
             else:
                 self.resumed.append(source.case_id)
         except Refused as error:
@@ -192,8 +193,8 @@ class _CaseMaker:
             self.shifts[source.case_id] = (told and truth.patient) or source.patient_id or source.case_id
         return replace(case, patient_id=patient, site=site, exam=exam, split=truth.split, target=truth.target)
 
-    def _write(self, source: Source, truth: Truth, digest: str) -> Case:
-        scan = read_source(source)
+    def _write(self, source: Source, sha256: str, truth: Truth, digest: str) -> Case:
+        scan = read_source(source, sha256)
         self._check_task(scan)
         findings = quality.check(scan, self.config.ingest)
         label, told = None, ""
@@ -248,7 +249,7 @@ class _CaseMaker:
             write_radiograph_png(self.folder / name, label.array, None)
         return name
 
-    def _inputs_digest(self, source: Source, truth: Truth) -> str:
+    def _inputs_digest(self, source: Source, sha256: str, truth: Truth) -> str:
         """Hash of all that the written files follow from: the bytes of image and label, the settings."""
         settings = {
             "version": RECORD_VERSION,
@@ -260,7 +261,7 @@ class _CaseMaker:
         }
         try:
             masks = label_inputs(truth.label, self.config.task, self.config.ingest) if truth.label else []
-            inputs = [sha256_files(source.files), [[stem_of(mask), sha256_file(mask)] for mask in masks]]
+            inputs = [sha256, [[stem_of(mask), sha256_file(mask)] for mask in masks]]
         except OSError as error:
             raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
         text = dump_json([settings, inputs, [path.suffix for path in source.files[:1]]])

@@ -9,13 +9,15 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medseg.files import UserError
 from medseg.models.ensemble import Ensemble
 
-_LINEAR = (nn.Linear, nn.Conv2d, nn.Conv3d)
+_CONV = (nn.Conv2d, nn.Conv3d)
+_LINEAR = (nn.Linear, *_CONV)
 
 
 def features_and_logits(net: nn.Module, x_BCDHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,22 +47,27 @@ def features_and_logits(net: nn.Module, x_BCDHW: Tensor) -> tuple[Tensor, Tensor
 def features_watched(
     net: nn.Module, take: Callable[[Tensor, Tensor], None], *, classifies: bool | None = None
 ) -> Iterator[None]:
-    """Tell `take` the image_BCDHW and the features_BF, see `features_and_logits`, of each forward pass in the block.
+    """Tell `take` the image_BCDHW and the features_BF of each forward pass in the block.
+
+    They are those of `features_and_logits`, unless the network is said to be none that classifies: then mean and
+    standard deviation over positions of what the last convolution with the fewest positions puts out. A norm that
+    follows it makes both alike for all images, be they noise.
 
     Args:
         classifies: whether the network is a classifier. Where that is known, only what its kind of features needs is
             watched: inputs of convolutions are as large as any tensor of a segmentation network.
     """
-    watch = _Watch()
+    segments = classifies is False
+    watch = _Watch(_mean_and_deviation if segments else _pooled)
 
     def finish(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         take(inputs[0], watch.finish(module, output))
 
     handles = [net.register_forward_pre_hook(watch.begin)]
     for module in net.modules():
-        if module is not net and classifies is not True:
+        if module is not net and (isinstance(module, _CONV) if segments else classifies is None):
             handles.append(module.register_forward_hook(watch.after))
-        if isinstance(module, _LINEAR) and classifies is not False:
+        if isinstance(module, _LINEAR) and not segments:
             handles.append(module.register_forward_pre_hook(watch.before))
     handles.append(net.register_forward_hook(finish))
     try:
@@ -114,9 +121,10 @@ def even(window_BCDHW: Tensor) -> Tensor:
 
 
 class _Watch:
-    """What has been seen of a running network."""
+    """What has been seen of a running network; `pool` makes features of a module's output."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        self.pool = pool
         self.batch, self.axes, self.fewest = 0, 0, 0
         self.head_input: Tensor | None = None
         self.bottom: Tensor | None = None
@@ -138,7 +146,7 @@ class _Watch:
             return
         positions = math.prod(output.shape[2:])
         if 1 < positions <= self.fewest:
-            self.fewest, self.bottom = positions, _pooled(output)
+            self.fewest, self.bottom = positions, self.pool(output)
 
     def finish(self, net: nn.Module, logits: object) -> Tensor:
         """Called after the network; its features."""
@@ -155,3 +163,8 @@ class _Watch:
 
 def _pooled(x_BCDHW: Tensor) -> Tensor:
     return x_BCDHW.flatten(2).mean(2) if x_BCDHW.ndim > 2 else x_BCDHW
+
+
+def _mean_and_deviation(x_BCDHW: Tensor) -> Tensor:
+    deviation_BC, mean_BC = torch.std_mean(x_BCDHW.flatten(2), 2)
+    return torch.cat([mean_BC, deviation_BC], 1)

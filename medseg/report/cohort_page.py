@@ -19,6 +19,7 @@ from medseg.report.figures import draw_thumbnail
 from medseg.report.page import Picture, Table, capped, number, words
 from medseg.report.slices import load_scene
 from medseg.report.sources import read_mapping, without_folders
+from medseg.volume import sampled
 
 PERCENTS = tuple(range(0, 101, 5))
 AXES = ("first axis", "second axis", "third axis")
@@ -83,7 +84,7 @@ def _look(cohort: Cohort, cases: Sequence[Case]) -> tuple[list[Thumbnail], dict[
         except UserError as error:
             thumbnails.append(Thumbnail(case.case_id, lead, None, without_folders(str(error))))
             continue
-        values = scene.image.ravel()[:: max(1, scene.image.size // 200_000)].astype(np.float64)
+        values = sampled(scene.image, 200_000).astype(np.float64)
         curves[case.case_id] = [float(v) for v in np.percentile(values[np.isfinite(values)], PERCENTS)]
         thumbnails.append(Thumbnail(case.case_id, lead, _thumbnail(case, draw_thumbnail(scene))))
     return thumbnails, curves

@@ -181,7 +181,7 @@ def crop_to_structure(scene: Scene) -> Scene:
 
 def cut(array: Array, plane: Plane, index: int) -> Array:
     """The slice of a canonical volume as (rows, columns) of the picture, first row on top."""
-    picture: Array = np.take(array, index, axis=plane.axis)  # both remaining axes in rising order
+    picture: Array = np.moveaxis(array, plane.axis, 0)[index]  # both remaining axes in rising order
     return picture[::-1, ::-1].T
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from medseg.config import ExplainChecksConfig
+from medseg.explain import LAYERLESS, explain_score
 from medseg.explain.checks import (
     area,
     energy_in_region,
@@ -204,7 +205,7 @@ def test_a_map_that_ignores_the_weights_fails_the_randomisation() -> None:
     probe, mask = _probe()
 
     class Edges(Explained):
-        def again(self, x_BCDHW, score, *, method=None, net=None):  # type: ignore[no-untyped-def]
+        def again(self, x_BCDHW, score, *, net=None):  # type: ignore[no-untyped-def]
             return x_BCDHW.diff(dim=2, append=x_BCDHW[:, :, -1:])[:, 0].abs().numpy()
 
     edges = probe.x_1CDHW.diff(dim=2, append=probe.x_1CDHW[:, :, -1:])[:, 0].abs()
@@ -230,17 +231,29 @@ def test_stability_knows_a_map_that_jumps() -> None:
     probe, _ = _probe()
 
     class Jumps(Explained):
-        def again(self, x_BCDHW, score, *, method=None, net=None):  # type: ignore[no-untyped-def]
+        def again(self, x_BCDHW, score, *, net=None):  # type: ignore[no-untyped-def]
             return np.random.default_rng(1).random(x_BCDHW[:, 0].shape).astype(np.float32)
 
     class Follows(Explained):
-        def again(self, x_BCDHW, score, *, method=None, net=None):  # type: ignore[no-untyped-def]
+        def again(self, x_BCDHW, score, *, net=None):  # type: ignore[no-untyped-def]
             return x_BCDHW[:, 0].numpy()
 
     only = ExplainChecksConfig(**dict.fromkeys(CHECKS, None) | {"stability": 0.7})
     maps = probe.x_1CDHW[:, 0]
     assert measure(Follows(probe, "hirescam", "layer", maps), only)["stability"]["value"] == pytest.approx(1)
     assert abs(measure(Jumps(probe, "hirescam", "layer", maps), only)["stability"]["value"]) < 0.1
+
+
+@pytest.mark.parametrize("method", LAYERLESS)
+def test_a_method_without_a_layer_is_held_against_one_that_has_one(method: str) -> None:
+    """Where both would be the same method, LayerCAM takes the place of the second, at the last layer there is."""
+    probe, _ = _probe()
+    only = ExplainChecksConfig(**dict.fromkeys(CHECKS, None) | {"agreement": 0.2, "agreement_with": method})
+    maps = explain_score(probe.net, probe.x_1CDHW, probe.score, method, "input", size="layer")
+    found = measure(Explained(probe, method, "input", maps), only)["agreement"]
+    assert found["with"] == "layercam"
+    assert found["value"] is not None
+    assert found["value"] > 0.2
 
 
 def test_checks_that_cannot_be_made_say_so() -> None:

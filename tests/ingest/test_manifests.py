@@ -59,7 +59,7 @@ def test_labels_and_columns_are_those_of_the_config(manifest: Manifest) -> None:
     assert manifest.kind == config.task.kind
     if manifest.layout.case_table:
         columns = {"image", "site", *manifest.layout.masks, *re.compile(manifest.layout.file_name).groupindex}
-        assert {name for name in config.ingest.table.model_dump().values() if name} <= columns
+        assert {name for name in config.ingest.table.model_dump(exclude_unset=True).values() if name} <= columns
         by_value = {str(value): name for name, value in manifest.labels.items()}
         assert config.ingest.target_names == (manifest.layout.target_names or by_value)
 

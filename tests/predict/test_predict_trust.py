@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_bundle import Threshold, bundle, plan, write_boxes
+from tiny_bundle import Threshold, bundle, config, plan, write_boxes
 from torch import Tensor, nn
 
 from medseg.confidence import Features
 from medseg.files import read_json, read_rows, write_json
+from medseg.images import read_image, write_nifti
 from medseg.ledger import Row, read_ledger
 from medseg.metrics import dice
 from medseg.models.ensemble import Ensemble
@@ -18,6 +19,7 @@ from medseg.predict import Predictor, segment_array, step
 from medseg.predict.flags import check_volumes
 from medseg.predict.trust import judge, write_queue
 from medseg.predict.watching import watched
+from medseg.volume import Volume
 
 LABELS = {"one": 1, "two": 2}
 
@@ -163,6 +165,22 @@ def test_the_queue_puts_what_is_unlike_the_cohort_before_all_else(tmp_path: Path
     found = read_rows(write_queue(tmp_path / "review_queue.csv", rows))
     assert [row["case_id"] for row in found] == ["farther", "far", "near", "less calm", "calm"]
     assert (found[0]["feature_distance"], found[0]["distance_limit"]) == ("2.5", "1.0")
+
+
+def test_windows_taken_for_air_are_announced_in_result_and_ledger(tmp_path: Path) -> None:
+    """A limit in HU, as the plan normalises by HU; two of five windows lie in uneven air."""
+    array = np.random.default_rng(3).integers(20, 100, (48, 16, 16)).astype(np.int16)
+    array[:24] = array[:24] // 20
+    write_nifti(tmp_path / "scans" / "scan.nii.gz", Volume(array, np.eye(4)))
+    masks = []
+    for name, predict, air in (("some", {"air_below": 10.0}, 2), ("all", {}, 0)):
+        made = bundle(tmp_path / name, config(predict=predict), plan(spacing_mm=(1.0, 1.0, 1.0)))
+        step.run(made, [tmp_path / "scans"], tmp_path / f"out-{name}", predictor=Predictor(made, net=Threshold()))
+        result = read_json(tmp_path / f"out-{name}" / "scan" / "result.json")
+        assert result["windows"] == {"all": 5, "even": air, "air": air}
+        assert [row.air_windows for row in read_ledger(tmp_path / f"out-{name}" / "ledger.csv")] == [air]
+        masks.append(read_image(tmp_path / f"out-{name}" / "scan" / "mask.nii.gz").array)
+    assert np.array_equal(*masks), "this network says the same of even air"
 
 
 def test_results_and_ledger_carry_what_is_known(tmp_path: Path) -> None:
