@@ -3,7 +3,7 @@
 from datetime import date, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.cohort import Case
@@ -36,6 +36,7 @@ def test_what_tells_when_an_examination_was(text: str, unit: str, found: object)
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=6, unique=True), st.dates(date(1990, 1, 1)))
+@settings(deadline=None)
 def test_days_are_intervals_and_forget_the_date(days: list[int], start: date) -> None:
     dated = [case(f"c{n}", (start + timedelta(days=n)).isoformat()) for n in days]
     counted = [case(f"c{n}", f"d{n}") for n in days]
