@@ -54,11 +54,10 @@ def run(
     """
     config = _settings(bundle, overrides)
     subject = _subject(bundle, cohort, split, config, folder.workspace)
-    trained_sites = bundle.verdict.fitted.get("trained_sites") if bundle.verdict else None
     left_out = _leave_sites_out(bundle, subject, folder.workspace) if config.leave_one_site_out else []
     out = folder.path / "audit" / split
     result = step.run(
-        subject, out, split=split, bundle_facts=bundle.identity(), elsewhere=Elsewhere(trained_sites, left_out)
+        subject, out, split=split, bundle_facts=bundle.identity(), elsewhere=Elsewhere(bundle.trained_sites, left_out)
     )
     tracker.log_metrics(
         {name: float(value) for name, value in result.figures.items() if isinstance(value, (int, float))}
@@ -133,8 +132,8 @@ def _find_lungs(where: str, workspace: Path) -> FindLungs | None:
 
         prepared = prepare([image], bundle.plan)
         overlap = bundle.config.predict.overlap
-        labels = segment_array(net, prepared.image, bundle.plan.patch_size, overlap, out_shape=image.array.shape)
-        return labels > 0
+        labels = segment_array(net, prepared.image, bundle.plan.patch_size, overlap, out_shape=prepared.covered_shape)
+        return prepared.onto_scan(labels > 0)
 
     return segment
 

@@ -1,8 +1,9 @@
 """The bundle: everything needed to predict with a trained model, and nothing more, in one folder.
 
 `weights.safetensors`, `config.yaml`, `plan.yaml`, `MODEL_CARD.md`, for a calibrated classifier `verdict.json`, where
-its activation maps were measured `explanation.json`, and `bundle.json` with what the model is and the SHA-256 of every
-other file. Nothing in it is pickled, and nothing of it is used before its hash is checked.
+its activation maps were measured `explanation.json`, where a distance from the training cohort was fitted
+`distance.safetensors`, and `bundle.json` with what the model is and the SHA-256 of every other file. Nothing in it is
+pickled, and nothing of it is used before its hash is checked.
 
 Joined folds of a cross-validation have one `weights-<n>.safetensors` each instead, and `evidence` in `bundle.json`:
 what the out-of-fold predictions say. Such a bundle is of schema version 2, any other of version 1.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.config import Config, dump_config, load_config
+from medseg.feature_distance import CohortDistance, read_distance, write_distance
 from medseg.files import (
     UserError,
     default_workspace,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION, JOINED_VERSION = 1, 2
 WEIGHTS = "weights.safetensors"
-VERDICT, EXPLANATION = "verdict.json", "explanation.json"
+VERDICT, EXPLANATION, DISTANCE = "verdict.json", "explanation.json", "distance.safetensors"
 _FILES = ("config.yaml", "plan.yaml", "MODEL_CARD.md")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,6 +61,7 @@ class Bundle:
         sha256: over `bundle.json`, and through it over every file; names this model in results and ledgers.
         facts: the content of `bundle.json`.
         verdict: calibration and operating point of a classifier; None for other models and bundles without one.
+        distance: how far a scan lies from the training cohort; None for bundles without it.
     """
 
     folder: Path
@@ -68,6 +71,7 @@ class Bundle:
     sha256: str
     facts: Mapping[str, Any] = field(repr=False)
     verdict: Verdict | None = None
+    distance: CohortDistance | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -99,6 +103,19 @@ class Bundle:
     def evidence(self) -> Mapping[str, Any]:
         """What the out-of-fold predictions say, for predicting and for people; empty unless folds were joined."""
         found: Mapping[str, Any] = self.facts.get("evidence") or {}
+        return found
+
+    @property
+    def trained_sites(self) -> Sequence[str] | None:
+        """Where the cases of training and validation come from; None when that was not recorded."""
+        about = self.verdict.fitted if self.verdict else self.facts.get("adapted") or {}
+        return about.get("trained_sites")
+
+    @property
+    def retest(self) -> Mapping[str, Any]:
+        """The test-retest noise of its volumes: `labels` (see `medseg.change.Retest`), `within_days`, `cohort_sha256`;
+        empty where it was not measured."""
+        found: Mapping[str, Any] = self.facts.get("retest") or {}
         return found
 
     @property
@@ -145,6 +162,7 @@ def save_bundle(
     evidence: Mapping[str, Any] | None = None,
     attached: Mapping[str, str] | None = None,
     verdict: Verdict | None = None,
+    distance: CohortDistance | None = None,
 ) -> Path:
     """Write a bundle: built beside `folder`, then renamed onto it, so that a reader sees the old one or the new one.
 
@@ -156,6 +174,7 @@ def save_bundle(
         verdict: takes the place of the two.
         members: facts of each joined fold, in the order of the weights. evidence: see `Bundle.evidence`.
         attached: more files, by name, with their text.
+        distance: of each network, in the order of the weights.
 
     Raises:
         UserError: the folder cannot be written.
@@ -179,12 +198,16 @@ def save_bundle(
         facts["schema_version"] = JOINED_VERSION
         facts["members"] = [{**about, "weights": name} for about, name in zip(members, states, strict=True)]
         facts["evidence"] = evidence or {}
+    others = [*states, *(attached or {})]
     with _new_folder(folder) as part:
         for name, state in states.items():
-            _write_weights(part / name, state)
+            write_weights(part / name, state)
         for name, text in (attached or {}).items():
             write_text(part / name, text)
-        _write_about(part, facts, config, plan, verdict, [*states, *(attached or {})])
+        if distance is not None:
+            facts["feature_distance"] = distance.facts()
+            others.append(write_distance(part / DISTANCE, distance).name)
+        _write_about(part, facts, config, plan, verdict, others)
     return folder
 
 
@@ -201,10 +224,20 @@ def with_verdict(
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
-    if run_id is not None:
-        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
-    return _rewritten(bundle, folder, facts, config or bundle.config, verdict)
+    return _rewritten(bundle, folder, _facts_from(bundle, run_id), config or bundle.config, verdict)
+
+
+def with_retest(bundle: Bundle, folder: Path, retest: Mapping[str, Any], *, run_id: str) -> Path:
+    """Write a bundle with the weights and plan of another and its measured test-retest noise (see `Bundle.retest`).
+
+    Args:
+        run_id: the run that measured it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {**_facts_from(bundle, run_id), "retest": retest}
+    return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict)
 
 
 def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any]) -> Path:
@@ -213,8 +246,7 @@ def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
-    facts["explained_by"] = {**explanation["chosen"], "n": explanation["n"]}
+    facts = {**_facts_from(bundle), "explained_by": {**explanation["chosen"], "n": explanation["n"]}}
     return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict, explanation)
 
 
@@ -238,6 +270,34 @@ def _rewritten(
     return folder
 
 
+def with_weights(
+    bundle: Bundle, folder: Path, states: "Sequence[Mapping[str, Tensor]]", adapted: Mapping[str, Any], *, run_id: str
+) -> Path:
+    """Write a bundle with the config and plan of another and other weights, without its calibration, its verdict, its
+    distance from the training cohort and what was measured of its activation maps.
+
+    Args:
+        states: the weights, of joined folds those of each.
+        adapted: what they were adapted to, for `bundle.json` and the model card.
+        run_id: the run that adapted it; see `with_verdict`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = {**_facts_from(bundle, run_id), "calibration": None, "operating_point": None, "adapted": adapted}
+    for measured in ("explained_by", "feature_distance"):
+        facts.pop(measured, None)
+    names = [str(member["weights"]) for member in bundle.members] or [WEIGHTS]
+    kept = [name for name in bundle.facts["files"] if name not in (*_FILES, VERDICT, EXPLANATION, DISTANCE, *names)]
+    with _new_folder(folder) as part:
+        for name, state in zip(names, states, strict=True):
+            write_weights(part / name, state)
+        for name in kept:
+            shutil.copyfile(bundle.folder / name, part / name)
+        _write_about(part, facts, bundle.config, bundle.plan, None, [*names, *kept])
+    return folder
+
+
 def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle:
     """Load and verify a bundle.
 
@@ -253,7 +313,9 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     _verify(folder, facts)
     config = load_config(folder / "config.yaml")
     verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
-    return Bundle(folder, config, read_plan(folder / "plan.yaml"), config.task.labels, facts["sha256"], facts, verdict)
+    distance = read_distance(folder / DISTANCE) if DISTANCE in facts["files"] else None
+    plan = read_plan(folder / "plan.yaml")
+    return Bundle(folder, config, plan, config.task.labels, facts["sha256"], facts, verdict, distance)
 
 
 def find_bundle(name: str, workspace: Path) -> Path:
@@ -287,6 +349,16 @@ def read_weights(bundle: Bundle, name: str = WEIGHTS) -> dict[str, "Tensor"]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the bundle again.") from error
     return weights
+
+
+def write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> Path:
+    """Write tensors on any device as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}
+    with replacing(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt"})
+    return path
 
 
 def check_target(folder: Path) -> None:
@@ -325,6 +397,14 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _facts_from(bundle: Bundle, run_id: str | None = None) -> dict[str, Any]:
+    """The facts of a bundle for one made from it, by a run where one is named."""
+    facts = {name: value for name, value in bundle.facts.items() if name not in ("sha256", "files")}
+    if run_id is not None:
+        facts |= {"run_id": run_id, "trained_in": facts.get("trained_in", bundle.run_id), "made_from": bundle.sha256}
+    return facts
+
+
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
@@ -348,14 +428,6 @@ def _write_about(
     write_text(part / "MODEL_CARD.md", model_card(facts, config, plan, verdict))
     facts["files"] = {name: sha256_file(part / name) for name in names}
     write_json(part / "bundle.json", {**facts, "sha256": _digest(facts)})
-
-
-def _write_weights(path: Path, state_dict: Mapping[str, "Tensor"]) -> None:
-    from safetensors.torch import save_file
-
-    own = {name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}
-    with replacing(path) as temporary:
-        save_file(own, temporary, metadata={"format": "pt"})
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -1,10 +1,12 @@
-"""A classifier's verdict, fitted when it is trained and again at a new site: `medseg models calibrate`."""
+"""`medseg models calibrate`: a classifier's verdict, fitted when it is trained and again at a new site; the
+test-retest noise of a segmentation model is measured by `medseg.retests`."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medseg import retests
 from medseg.bundle import Bundle, check_target, load_bundle, with_verdict
 from medseg.cohort import Case, Cohort, read_cohort
 from medseg.config import Config, apply_override, validate_config
@@ -63,24 +65,29 @@ def run(
 ) -> Result:
     """Fit the verdict of a model anew on labelled cases of a cohort, as a run of its own with a bundle of its own.
 
+    Of a segmentation model the test-retest noise is measured instead, on the cohort's repeat scans.
+
     All labelled cases of the cohort count; of the cohort that the model was trained on, those of the split `val`.
 
     Args:
         out: folder of the new bundle; by default `runs/<id>/bundle`.
-        overrides: `verdict.field=value`, such as the prevalence at the new site.
+        overrides: `verdict.field=value`, such as the prevalence at the new site; of a segmentation model
+            `predict.change.field=value`.
 
     Returns:
         A result whose text says how sure sensitivity and specificity are, and how many more cases would halve their
         intervals.
 
     Raises:
-        UserError: the model is no classifier, an override is about something else, the cases allow no calibration or
-            were all seen in training, or `out` exists and is no bundle.
+        UserError: the model has task.multi_label, an override is about something else, the cases allow no calibration
+            or were all seen in training, or `out` exists and is no bundle.
     """
     if out is not None:
         check_target(out)
     bundle, cohort = load_bundle(model, workspace), read_cohort(cohort_dir)
     config = _config(bundle, overrides)
+    if config.task.kind == "segmentation":
+        return retests.run(bundle, cohort, workspace, out=out, within_days=config.predict.change.retest_days)
     cases, split = _cases(bundle, cohort)
     facts = {"step": "calibrate", "seed": config.seed, "cohort_sha256": cohort.sha256, "bundle_sha256": bundle.sha256}
     net = load_network(bundle)
@@ -92,7 +99,7 @@ def run(
         cases,
         config.verdict,
         split=split,
-        trained_sites=bundle.verdict.fitted.get("trained_sites") if bundle.verdict else None,
+        trained_sites=bundle.trained_sites,
         new_site=split != "val",
     )
     folder = create_run(workspace, f"calibrate-{config.name}", None, **facts)
@@ -130,17 +137,16 @@ def in_words(verdict: Verdict) -> str:
 
 
 def _config(bundle: Bundle, overrides: Sequence[str]) -> Config:
-    if bundle.config.task.kind != "classification":
-        raise UserError(f"model {bundle.name!r} is no classifier, so it gives no verdict to calibrate.")
     if bundle.config.task.multi_label:
         raise UserError(
             f"model {bundle.name!r} has task.multi_label true, and a verdict is about one class; train a model of the "
             "label to refer."
         )
     tree = bundle.config.model_dump(mode="json")
+    section = "verdict" if bundle.config.task.kind == "classification" else "predict.change"
     for override in overrides:
-        if not override.startswith("verdict."):
-            raise UserError(f"--set {override!r}: only fields of verdict can be set here; train again for others.")
+        if not override.startswith(f"{section}."):
+            raise UserError(f"--set {override!r}: only fields of {section} can be set here; train again for others.")
         apply_override(tree, override)
     return validate_config(tree, "--set")
 

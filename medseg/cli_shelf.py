@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from medseg.command import CohortDir, Json, ModelArg, Workspace, finish, next_command, workspace_of
+from medseg.command import CohortDir, ConfigArg, Json, ModelArg, Sets, Workspace, finish, next_command, workspace_of
 
-models_app = typer.Typer(help="Trained models: list, show, join, prune, calibrate and more.", no_args_is_help=True)
+models_app = typer.Typer(help="Trained models: list, show, join, adapt, calibrate and more.", no_args_is_help=True)
 data_app = typer.Typer(help="Public datasets: list, show, fetch.", no_args_is_help=True)
 
 
@@ -26,6 +26,23 @@ def models_show(model: ModelArg, workspace: Workspace = None, as_json: Json = Fa
 
     then = next_command("predict", model, workspace, "SCANS", out="DIR")
     finish(lambda: shelf.show_model(model, workspace_of(workspace)), as_json, then)
+
+
+@models_app.command("pretrain")
+def models_pretrain(
+    config: ConfigArg,
+    cohort: CohortDir,
+    sets: Sets = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
+    workspace: Workspace = None,
+    as_json: Json = False,
+) -> None:
+    """Train an encoder on radiographs without labels; `train` starts from it."""
+    from medseg import road
+
+    finish(
+        lambda: road.pretrain(road.load(config, sets or []), cohort, workspace_of(workspace), resume=resume), as_json
+    )
 
 
 @models_app.command("join")
@@ -56,18 +73,33 @@ def models_prune(
     finish(lambda: pruning.run(model, cohort, workspace_of(workspace), max_dice_loss=max_dice_loss), as_json)
 
 
+@models_app.command("adapt")
+def models_adapt(
+    model: ModelArg,
+    cohort: CohortDir,
+    split: Annotated[str | None, typer.Option(help="Only these cases of the cohort [all].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new bundle [runs/<id>/bundle].")] = None,
+    workspace: Workspace = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a classifier's batch norms to images of a new site, without labels."""
+    from medseg import adaptation
+
+    finish(lambda: adaptation.run(model, cohort, workspace_of(workspace), split=split, out=out), as_json)
+
+
 @models_app.command("calibrate")
 def models_calibrate(
     model: ModelArg,
     cohort: CohortDir,
     out: Annotated[Path | None, typer.Option(help="Folder of the new bundle [runs/<id>/bundle].")] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="VERDICT.B=C", help="Override the verdict.")
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override verdict or predict.change.")
     ] = None,
     workspace: Workspace = None,
     as_json: Json = False,
 ) -> None:
-    """Fit a classifier's verdict to labelled cases of a new site."""
+    """Fit a classifier's verdict to labelled cases of a new site; measure a segmentation's test-retest noise."""
     from medseg import calibrations
 
     finish(lambda: calibrations.run(model, cohort, workspace_of(workspace), out=out, overrides=sets or []), as_json)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from medseg.files import UserError, read_json, read_rows, sha256_file, write_json, write_rows
+from medseg.label_sets import read_set
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 Severity = Literal["info", "warning", "error"]
+_PARSED = {"images", "shape", "spacing_mm", "findings", "kind", "exam_day"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Case:
         site: where it was acquired; empty when unknown.
         exam: which of the patient's examinations: its order, or its date (shifted, unless names are kept); empty when
             unknown.
+        exam_day: days since the patient's first examination in the cohort; None when unknown.
         split: train, val, test, or empty when not assigned.
         kind: `volume` (i, j, k; NIfTI) or `radiograph` (row, column; PNG).
         modality: DICOM modality (CT, MR, CR, DX), or empty when unknown.
@@ -57,6 +60,8 @@ class Case:
         label: path of the integer label map on the grid of the images; empty when there is none.
         target: class name for classification, or the labels that are present, as `label_sets` writes them; empty when
             unknown.
+        annotated: the structures of which the label map says where they are and where not, as `label_sets` writes them;
+            empty when of all. Of any other it says nothing: its voxels lie in the background.
         shape, spacing_mm, orientation: the grid as stored; orientation is empty for radiographs.
         source_kind: dicom, nifti or png. source_sha256: hash of the source bytes.
         findings: quality findings.
@@ -78,6 +83,8 @@ class Case:
     source_sha256: str = ""
     findings: tuple[Finding, ...] = ()
     exam: str = ""
+    exam_day: int | None = None
+    annotated: str = ""
 
     def to_row(self) -> dict[str, str]:
         """The case as one row of text cells."""
@@ -86,23 +93,25 @@ class Case:
         row["shape"] = "x".join(str(n) for n in self.shape)
         row["spacing_mm"] = "x".join(f"{s:.9g}" for s in self.spacing_mm)
         row["findings"] = json.dumps([asdict(f) for f in self.findings]) if self.findings else ""
+        row["exam_day"] = "" if self.exam_day is None else str(self.exam_day)
         return row
 
     @classmethod
     def from_row(cls, row: Mapping[str, str]) -> "Case":
         """Rebuild a case from `to_row`. Raises UserError naming the column that does not fit."""
         known = {f.name for f in fields(cls)}
-        row = {"exam": "", **row}  # cohorts of before have no such column
+        row = {"exam": "", "exam_day": "", "annotated": "", **row}  # cohorts of before have no such columns
         if missing := known - set(row):
             raise UserError(f"cohort.csv lacks column {sorted(missing)[0]!r}; ingest the cohort again.")
         try:
             return cls(
-                **{name: row[name] for name in known - {"images", "shape", "spacing_mm", "findings", "kind"}},
+                **{name: row[name] for name in known - _PARSED},
                 kind="radiograph" if row["kind"] == "radiograph" else "volume",
                 images=tuple(filter(None, row["images"].split("|"))),
                 shape=tuple(int(n) for n in row["shape"].split("x") if n),
                 spacing_mm=tuple(float(s) for s in row["spacing_mm"].split("x") if s),
                 findings=tuple(Finding(**f) for f in json.loads(row["findings"] or "[]")),
+                exam_day=int(row["exam_day"]) if row["exam_day"] else None,
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"cohort.csv, case {row['case_id']!r}: {error}; ingest the cohort again.") from error
@@ -144,6 +153,22 @@ class Cohort:
     def label_path(self, case: Case) -> Path | None:
         """Absolute path of a case's label map, or None."""
         return self.folder / case.label if case.label else None
+
+    def annotated(self, case: Case) -> frozenset[int]:
+        """The values of the structures of which a case's label map tells; see `Case.annotated`.
+
+        Raises:
+            UserError: `cohort.csv` names a structure that the cohort does not have.
+        """
+        names = read_set(case.annotated) if case.annotated else self.label_names
+        try:
+            return frozenset(self.label_names[name] for name in names)
+        except KeyError as error:
+            known = ", ".join(self.label_names)
+            raise UserError(
+                f"cohort.csv, case {case.case_id!r}: annotated names {error.args[0]!r}, which is none of {known}; "
+                "ingest the cohort again."
+            ) from error
 
 
 def write_cohort(cohort: Cohort, rejects: Sequence[Reject], provenance: Mapping[str, object]) -> Cohort:

@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 LEVEL = 0.9
 """Share of cases whose Dice shall lie inside the interval."""
 MIN_CASES = 8
-_PRIOR, _PRIOR_WEIGHT = np.array([0.0, 1.0, 0.0]), 0.02
+_PRIOR, _PRIOR_WEIGHT = (0.0, 1.0, 0.0, 0.0), 0.02
 _CLIP = 1e-4
 
 
@@ -34,32 +34,42 @@ class Features:
         entropy: mean inside the predicted mask, as a share of its maximum; 0 to 1.
         agreement: mean Dice between the masks of two networks; NaN with one network.
         bound: `agreement_bound` of them; 1 with one network.
+        mirrored: mean Dice between a network's mask and those that it calls when it sees the image flipped; NaN where
+            it does not (`predict.mirror_axes`).
     """
 
     soft_dice: float
     entropy: float
     agreement: float = math.nan
     bound: float = 1.0
+    mirrored: float = math.nan
+
+    @property
+    def columns(self) -> tuple[float, ...]:
+        """What the Dice to expect follows from: soft Dice, entropy and, where it is known, 1 − `mirrored`."""
+        plain = (self.soft_dice, self.entropy)
+        return plain if math.isnan(self.mirrored) else (*plain, 1 - self.mirrored)
 
 
 @dataclass(frozen=True)
 class ExpectedDice:
-    """Maps features to the Dice to expect: sigmoid(a + b · logit(soft_dice) − c · entropy) with b, c ≥ 0.
+    """Maps features to the Dice to expect: sigmoid(a + b · logit(soft_dice) − c · entropy − d · (1 − mirrored)) with b,
+    c, d ≥ 0; without mirroring there is no d.
 
     Attributes:
-        coefficients: a, b, c.
+        coefficients: a, b, c and, with mirroring, d.
         low, high: what is added to the expected Dice for the ends of its interval.
         n: cases it was fitted on.
     """
 
-    coefficients: tuple[float, float, float]
+    coefficients: tuple[float, ...]
     low: float
     high: float
     n: int
 
     def __call__(self, features: Features) -> tuple[float, float, float]:
         """Expected Dice and the ends of its interval, 0 to 1, none above the bound of the agreement."""
-        x = np.array([[features.soft_dice, features.entropy]])
+        x = np.array([features.columns[: len(self.coefficients) - 1]])
         value = min(float(_curve(np.asarray(self.coefficients), x)[0]), features.bound)
         return value, max(0.0, value + self.low), min(1.0, value + self.high, features.bound)
 
@@ -68,7 +78,7 @@ def fit_expected_dice(features: ArrayLike, dice: ArrayLike, groups: ArrayLike) -
     """Fit on out-of-fold cases by least squares on the Dice, drawn slightly towards the identity.
 
     Args:
-        features: (n, 2) soft Dice and entropy. dice: (n,) what was reached, 0 to 1.
+        features: (n, 2 or 3), see `Features.columns`. dice: (n,) what was reached, 0 to 1.
         groups: (n,) cases of one group (fold) are left out together for the errors.
 
     Returns:
@@ -76,7 +86,7 @@ def fit_expected_dice(features: ArrayLike, dice: ArrayLike, groups: ArrayLike) -
         prediction does; and the expected Dice of every case from the other groups. None with fewer than 8 cases or
         two groups.
     """
-    x, y, group = np.asarray(features, float).reshape(-1, 2), np.asarray(dice, float), np.asarray(groups)
+    x, y, group = np.asarray(features, float), np.asarray(dice, float), np.asarray(groups)
     if len(y) < MIN_CASES or len(set(group.tolist())) < 2:
         return None
     held_out = np.empty(len(y))
@@ -86,14 +96,14 @@ def fit_expected_dice(features: ArrayLike, dice: ArrayLike, groups: ArrayLike) -
     errors = np.sort(y - held_out)
     tail = math.floor((1 - LEVEL) / 2 * (len(y) + 1))  # so many errors may lie outside on either side
     low, high = errors[max(tail - 1, 0)], errors[min(len(y) - tail, len(y) - 1)]
-    a, b, c = (float(value) for value in _fit(x, y))
-    return ExpectedDice((a, b, c), min(float(low), 0.0), max(float(high), 0.0), len(y)), held_out
+    coefficients = tuple(float(value) for value in _fit(x, y))
+    return ExpectedDice(coefficients, min(float(low), 0.0), max(float(high), 0.0), len(y)), held_out
 
 
 def from_facts(facts: Mapping[str, Any]) -> ExpectedDice:
     """The map as a bundle keeps it."""
-    a, b, c = (float(value) for value in facts["coefficients"])
-    return ExpectedDice((a, b, c), float(facts["low"]), float(facts["high"]), int(facts["n"]))
+    coefficients = tuple(float(value) for value in facts["coefficients"])
+    return ExpectedDice(coefficients, float(facts["low"]), float(facts["high"]), int(facts["n"]))
 
 
 def agreement_bound(dice_of_pairs: Sequence[float]) -> float:
@@ -136,25 +146,36 @@ def compare(expected: ArrayLike, reached: ArrayLike, bins: int = 5) -> dict[str,
     }
 
 
-def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+def fit_temperature(logits: ArrayLike, labels: ArrayLike, annotated: ArrayLike | None = None) -> float:
     """The divisor of the logits, 0.05 to 20, that minimises the negative log-likelihood (Guo et al. 2017).
 
     Args:
         logits: (n, classes). labels: (n,) class of each.
+        annotated: (n, classes) whether the label tells of the class, background first; by default of all. The
+            probabilities of the others count as background.
     """
     z, y = np.asarray(logits, float), np.asarray(labels, int)
 
     def loss(log_temperature: float) -> float:
-        scaled = z / math.exp(log_temperature)
+        scaled = _marginal(z / math.exp(log_temperature), annotated)
         return float((np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(y)), y]).mean())
 
     bounds = (math.log(0.05), math.log(20.0))
     return math.exp(float(optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
-def calibration_error(logits: ArrayLike, labels: ArrayLike, temperature: float = 1.0, bins: int = 15) -> float:
-    """Expected calibration error of the called class, 0 to 1, in bins of equal width (Guo et al. 2017, equation 3)."""
-    z, y = np.asarray(logits, float) / temperature, np.asarray(labels, int)
+def calibration_error(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    temperature: float = 1.0,
+    bins: int = 15,
+    annotated: ArrayLike | None = None,
+) -> float:
+    """Expected calibration error of the called class, 0 to 1, in bins of equal width (Guo et al. 2017, equation 3).
+
+    Other arguments as in `fit_temperature`.
+    """
+    z, y = _marginal(np.asarray(logits, float) / temperature, annotated), np.asarray(labels, int)
     probs = np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True))
     sure, right = probs.max(axis=1), probs.argmax(axis=1) == y
     place = np.minimum((sure * bins).astype(int), bins - 1)
@@ -165,20 +186,33 @@ def calibration_error(logits: ArrayLike, labels: ArrayLike, temperature: float =
     return total
 
 
+def _marginal(logits: Array, annotated: ArrayLike | None) -> Array:
+    """Logits (n, classes) with the probabilities of the classes not annotated added to the background."""
+    if annotated is None:
+        return logits
+    known = np.asarray(annotated, bool)
+    merged = ~known
+    merged[:, 0] = True
+    background = np.logaddexp.reduce(np.where(merged, logits, -np.inf), axis=1, keepdims=True)
+    return np.concatenate([background, np.where(known, logits, -np.inf)[:, 1:]], axis=1)
+
+
 def _curve(coefficients: Array, x: Array) -> Array:
     soft = np.clip(x[:, 0], _CLIP, 1 - _CLIP)
-    a, b, c = coefficients
-    height = a + b * np.log(soft / (1 - soft)) - c * x[:, 1]
+    height = coefficients[0] + coefficients[1] * np.log(soft / (1 - soft)) - x[:, 1:] @ coefficients[2:]
     value: Array = 1 / (1 + np.exp(-height))
     return value
 
 
 def _fit(x: Array, y: Array) -> Array:
-    def residual(coefficients: Array) -> Array:
-        return np.concatenate([_curve(coefficients, x) - y, _PRIOR_WEIGHT * (coefficients - _PRIOR)])
+    size = x.shape[1] + 1
+    prior, lowest = np.array(_PRIOR[:size]), [-np.inf, *[0.0] * (size - 1)]
 
-    start = np.array([0.0, 1.0, 0.1])
-    found: Array = optimize.least_squares(residual, start, bounds=([-np.inf, 0, 0], np.inf)).x
+    def residual(coefficients: Array) -> Array:
+        return np.concatenate([_curve(coefficients, x) - y, _PRIOR_WEIGHT * (coefficients - prior)])
+
+    start = np.array([0.0, 1.0, 0.1, 0.1])[:size]
+    found: Array = optimize.least_squares(residual, start, bounds=(lowest, np.inf)).x
     return found
 
 

@@ -17,8 +17,9 @@ from medseg.config import Config, dump_config
 from medseg.evaluate import cross_validation, earned, trust
 from medseg.evaluate import step as evaluate_step
 from medseg.evaluate.outcomes import Outcome, read_outcomes
+from medseg.feature_distance import join_distances
 from medseg.files import UserError, write_text
-from medseg.plan import write_plan
+from medseg.plan import IMAGE_FIELDS, write_plan
 from medseg.predict import postprocess
 from medseg.predict import step as predict_step
 from medseg.result import Result
@@ -120,6 +121,7 @@ def join(models: Sequence[str], workspace: Path, *, out: Path | None = None, run
             members=[_member(fold) for fold in folds],
             evidence=evidence,
             attached=tables,
+            distance=join_distances([fold.bundle.distance for fold in folds]),
         )
         tracker.log_params({"members": [fold.run.id for fold in folds], "config": config.model_dump(mode="json")})
         tracker.log_metrics({name: float(v) for name, v in figures.items() if isinstance(v, int | float)}, step=0)
@@ -137,7 +139,7 @@ def collect_evidence(folds: Sequence[Fold]) -> tuple[dict[str, Any], dict[str, s
     evidence["cross_validation"] = cross_validation.total(outcomes, config.task.labels, config.task.measured_as)
     if config.task.kind == "segmentation":
         pairs = [
-            earned.Pair(outcome.case.patient_id, outcome.pred, Path(outcome.case.label))
+            earned.Pair(outcome.case.patient_id, outcome.pred, Path(outcome.case.label), outcome.not_annotated)
             for fold in folds
             for outcome in fold.outcomes
             if outcome.measured and outcome.pred is not None
@@ -181,9 +183,7 @@ def _common(config: Config) -> Mapping[str, Any]:
 
 
 def _grid(bundle: Bundle) -> tuple[object, ...]:
-    plan = bundle.plan
-    intensities = (plan.intensity_low, plan.intensity_high, plan.intensity_mean, plan.intensity_sd)
-    return plan.spacing_mm, plan.size_px, plan.normalise, intensities
+    return tuple(getattr(bundle.plan, name) for name in IMAGE_FIELDS)
 
 
 def _member(fold: Fold) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 Scanner formats are turned into these by `medseg.ingest`; every later step reads images through here only.
 """
 
+import io
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +45,47 @@ def write_nifti(path: Path, volume: Volume, *, intent: str = "") -> Path:
     if intent:
         image.header["descrip"] = intent[:79].encode()
     with replacing(path) as temporary:
-        nib.save(image, temporary)
+        if temporary.suffix == ".gz":
+            with temporary.open("wb") as file, _Packed(file, image.get_data_dtype().itemsize) as packed:
+                image.to_stream(packed)
+        else:
+            nib.save(image, temporary)
     return path
+
+
+class _Packed(io.RawIOBase):
+    """Writes a gzip stream without name or time, so that the same image gives the same bytes.
+
+    Integers of one or two bytes are noise in their low bits: looking for more than runs of one byte would take twice
+    the time and save nothing. Wider values often have a background of many bytes that repeat.
+    """
+
+    def __init__(self, file: BinaryIO, itemsize: int) -> None:
+        strategy = zlib.Z_RLE if itemsize <= 2 else zlib.Z_DEFAULT_STRATEGY
+        self._file = file
+        self._packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS + 16, zlib.DEF_MEM_LEVEL, strategy)
+        self._written = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        assert (offset, whence) == (self._written, 0), "a packed stream is written from start to end"
+        return offset
+
+    def tell(self) -> int:
+        return self._written
+
+    def write(self, content: Any, /) -> int:
+        size = memoryview(content).nbytes
+        self._file.write(self._packer.compress(content))
+        self._written += size
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.write(self._packer.flush())
+        super().close()
 
 
 def write_png(path: Path, array: NDArray[Any]) -> Path:

@@ -28,6 +28,9 @@ class Row:
         verdict: refer, do not refer or not assessable; empty where the model gives none.
         probability: calibrated, of the class to refer, as text; score: 0 to 100; threshold: of the probability.
             Empty without an assessable verdict.
+        feature_distance: from the training cohort, see `medseg.feature_distance`; distance_limit: beyond it a scan is
+            flagged. None where the model cannot tell.
+        air_windows: of a segmentation, windows that the network did not see since they hold air (`predict.air_below`).
     """
 
     case_id: str
@@ -43,13 +46,20 @@ class Row:
     probability: str = ""
     score: str = ""
     threshold: str = ""
+    feature_distance: float | None = None
+    distance_limit: float | None = None
+    air_windows: int = 0
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> "Row":
         """The row that follows from a case's `result.json`."""
+        distance = result.get("feature_distance") or {}  # older results have no such fields
         return cls(
             **{name: result[name] for name in _COLUMNS if name not in _DERIVED},
             expected_dice=result.get("expected_dice"),
+            feature_distance=distance.get("value"),
+            distance_limit=distance.get("limit"),
+            air_windows=(result.get("windows") or {}).get("air", 0),
             seconds=round(sum(result["seconds"].values()), 3),
             bundle_sha256=result["bundle"]["sha256"],
             **_verdict_cells(result.get("verdict")),  # type: ignore[arg-type]
@@ -58,7 +68,8 @@ class Row:
 
 _COLUMNS = tuple(f.name for f in fields(Row))
 _VERDICT = ("verdict", "probability", "score", "threshold")
-_DERIVED = ("seconds", "bundle_sha256", "expected_dice", *_VERDICT)
+_OPTIONAL = ("expected_dice", "feature_distance", "distance_limit")  # numbers that older tables have no column for
+_DERIVED = ("seconds", "bundle_sha256", "air_windows", *_OPTIONAL, *_VERDICT)
 
 
 def _verdict_cells(verdict: Mapping[str, Any] | None) -> dict[str, str]:
@@ -119,6 +130,6 @@ def read_ledger(path: Path) -> tuple[Row, ...]:
 
 
 def _row(cells: Mapping[str, str]) -> Row:
-    given = cells.get("expected_dice")  # older tables have no such column
-    numbers = {"seconds": float(cells["seconds"]), "expected_dice": float(given) if given else None}
-    return Row(**{**cells, **numbers})  # type: ignore[arg-type]
+    numbers: dict[str, float | None] = {name: float(cells[name]) if cells.get(name) else None for name in _OPTIONAL}
+    counts = {"seconds": float(cells["seconds"]), "air_windows": int(cells.get("air_windows") or 0)}
+    return Row(**{**cells, **numbers, **counts})  # type: ignore[arg-type]

@@ -1,11 +1,13 @@
 """Losses by name. `LOSSES` is the one registry: each builder takes its config, the training targets' counts and the
 number of training cases."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from monai.losses import DiceLoss
+from monai.networks import one_hot
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,31 +26,68 @@ class WithLosses(NamedTuple):
     losses: Mapping[str, Tensor]
 
 
-def losses_of(loss: nn.Module, output: Any, target: Tensor) -> dict[str, Tensor]:
+def losses_of(loss: nn.Module, output: Any, *targets: Tensor) -> dict[str, Tensor]:
     """`loss`, the sum that is minimised; beside it `<name>_loss` of each that the network itself brings."""
     if not isinstance(output, WithLosses):
-        return {"loss": loss(output, target)}
+        return {"loss": loss(output, *targets)}
     own = {f"{name}_loss": value for name, value in output.losses.items()}
-    return {"loss": loss(output.logits, target) + sum(own.values()), **own}
+    return {"loss": loss(output.logits, *targets) + sum(own.values()), **own}
 
 
 class DiceCELoss(nn.Module):
     """Soft Dice over the foreground classes, summed over the batch (Drozdzal et al. 2016), plus cross-entropy.
 
     Batch-wise sums keep the Dice term defined where a patch lacks a class.
+
+    Where a label does not tell of all classes, its background holds the others. The cross-entropy is then that of the
+    marginal probabilities (Shi et al. 2021, arXiv:2007.03868): the background's is the sum of its own and of those of
+    the classes not annotated. The Dice of a class sums over the cases that annotate it, and is left out of the mean
+    when no case of the batch does.
     """
 
     def __init__(self, dice_weight: float, ce_weight: float) -> None:
         super().__init__()
         self.dice_weight, self.ce_weight = dice_weight, ce_weight
         self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+        self.dice_of_each = DiceLoss(include_background=False, batch=True, reduction="none")
 
-    def forward(self, logits_BKDHW: Tensor, label_B1DHW: Tensor) -> Tensor:
-        """Scalar loss; `label` holds integers 0..K-1."""
+    def forward(self, logits_BKDHW: Tensor, label_B1DHW: Tensor, annotated_BK: Tensor | None = None) -> Tensor:
+        """Scalar loss; `label` holds integers 0..K-1, `annotated` says of which classes each tells (None: of all)."""
         logits = logits_BKDHW.float()
+        if annotated_BK is None:
+            dice: Tensor = self.dice(logits, label_B1DHW)
+        else:
+            dice = self._dice_of_annotated(logits, label_B1DHW, annotated_BK)
+            logits = marginal_logits(logits, annotated_BK)
         cross_entropy = functional.cross_entropy(logits, label_B1DHW[:, 0].long())
-        dice: Tensor = self.dice(logits, label_B1DHW)
         return self.ce_weight * cross_entropy + self.dice_weight * dice
+
+    def _dice_of_annotated(self, logits_BKDHW: Tensor, label_B1DHW: Tensor, annotated_BK: Tensor) -> Tensor:
+        known = _per_voxel(annotated_BK, logits_BKDHW)
+        truth = one_hot(label_B1DHW, logits_BKDHW.shape[1])
+        of_each: Tensor = self.dice_of_each(logits_BKDHW.softmax(1) * known, truth * known).flatten()
+        counted = annotated_BK[:, 1:].any(0)
+        return (of_each * counted).sum() / counted.sum().clamp(min=1)
+
+
+def marginal_logits(logits_BKDHW: Tensor, annotated_BK: Tensor) -> Tensor:
+    """Logits whose softmax is that of the input with the classes not annotated added to the background.
+
+    Args:
+        annotated_BK: bool, background first; that of the background is taken to be True.
+
+    Returns:
+        (B, K, D, H, W); -inf for the classes not annotated.
+    """
+    known = _per_voxel(annotated_BK, logits_BKDHW)
+    merged = ~known
+    merged[:, 0] = True
+    background = logits_BKDHW.masked_fill(~merged, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([background, logits_BKDHW.masked_fill(~known, -math.inf)[:, 1:]], dim=1)
+
+
+def _per_voxel(of_class_BK: Tensor, like_BKDHW: Tensor) -> Tensor:
+    return of_class_BK.reshape(*of_class_BK.shape, *[1] * (like_BKDHW.ndim - 2))
 
 
 class HeadMean(nn.Module):
@@ -62,10 +101,12 @@ class HeadMean(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, logits: Tensor | Mapping[int, Tensor], target: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor | Mapping[int, Tensor], target: Tensor, annotated_BK: Tensor | None = None
+    ) -> Tensor:
         """Scalar loss; a mapping goes from level to logits of the target's size."""
         heads = [logits] if isinstance(logits, Tensor) else list(logits.values())
-        return torch.stack([self.loss(head, target) for head in heads]).mean()
+        return torch.stack([self.loss(head, target, annotated_BK) for head in heads]).mean()
 
 
 class ClassificationLoss(nn.Module):

@@ -36,6 +36,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             "",
             f"Trained on {cases} cases of the cohort with SHA-256 `{facts['cohort_sha256']}`, on "
             f"{f'a grid of {grid}' if grid else 'their own grids'} (normalisation: {plan.normalise}).",
+            *_partly_annotated(plan),
             simulated if config.ingest.simulated else "",
             "## Figures",
             "",
@@ -45,10 +46,13 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             *(["| figure | value |", "|---|---|", *figures] if figures else ["None was recorded."]),
             "",
             *_joined(facts),
+            *_adapted(facts),
+            *_retest(facts),
             "## Limits",
             "",
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
+            *_distance_lines(facts.get("feature_distance")),
             "",
             *(_verdict_lines(verdict) if verdict else ()),
             *_explanation_lines(facts.get("explained_by") or {}),
@@ -58,6 +62,16 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             "",
         ]
     )
+
+
+def _partly_annotated(plan: Plan) -> Iterator[str]:
+    """Which structures the labels of some training cases do not tell of."""
+    cases, classes = plan.fingerprint.get("read_cases", 0), plan.fingerprint.get("classes", {})
+    few = [
+        f"{name} in {found['annotated']}" for name, found in classes.items() if found.get("annotated", cases) < cases
+    ]
+    if few:
+        yield f"Some have not all structures contoured; of {cases} cases looked at: {', '.join(few)}."
 
 
 def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -85,6 +99,48 @@ def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
         if choice["used"]:
             yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
             yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
+    yield ""
+
+
+def _adapted(facts: Mapping[str, Any]) -> Iterator[str]:
+    """To which images the batch norms were adapted, if they were."""
+    if about := facts.get("adapted"):
+        yield "## Adaptation"
+        yield ""
+        where = f"the split `{about['split']}` of " if about["split"] else ""
+        yield f"The statistics of {about['layers']} batch norms were re-estimated on {about['cases']} images of {where}"
+        yield f"the cohort with SHA-256 `{about['cohort_sha256']}`, without their labels. The figures above were"
+        yield f"measured before, on the model `{facts['made_from'][:12]}`."
+        yield ""
+
+
+def _distance_lines(about: Mapping[str, Any] | None) -> Iterator[str]:
+    """Which scans are flagged as unlike the training cohort."""
+    if not about:
+        return
+    yield ""
+    if about["limit"] is None:
+        yield "How far a scan lies from the training cohort is told, but too few unseen cases were at hand for a limit."
+        return
+    yield f"Scans that lie beyond {about['limit']:.3g} from the training cohort in the network's features are flagged:"
+    yield f"of new cases like the {about['held_out']} unseen ones from which this limit comes, {about['rate']:.0%} do."
+
+
+def _retest(facts: Mapping[str, Any]) -> Iterator[str]:
+    """How much volumes of repeat scans differ, where that was measured."""
+    found = facts.get("retest") or {}
+    if not found:
+        return
+    yield "## Test-retest noise of the volumes"
+    yield ""
+    yield f"Within-subject standard deviation on scans at most {found['within_days']} days apart, of the cohort with"
+    yield f"SHA-256 `{found['cohort_sha256']}`."
+    yield ""
+    yield "| label | percent of the volume | 95 % interval | patients |"
+    yield "|---|---|---|---|"
+    for label, noise in found["labels"].items():
+        low, high = noise["cv_low"], noise["cv_high"]
+        yield f"| {label} | {noise['cv_percent']:.2f} | {low:.2f} to {high:.2f} | {noise['patients']} |"
     yield ""
 
 

@@ -11,6 +11,24 @@ from medseg.files import UserError, plain, write_text
 
 
 @dataclass(frozen=True)
+class Appearance:
+    """What is done to a radiograph's pixels before they are normalised; by default nothing.
+
+    Attributes:
+        crop_padding, histogram, clahe_tiles, clahe_limit: as in the config's `plan.appearance`.
+        landmarks: of the training cases' histogram; see `medseg.data.appearance.landmarks_of`. Only `landmarks`.
+        detail_sd: of the training cases; see `medseg.data.appearance.detail_of`. Empty: sharpness stays as it is.
+    """
+
+    crop_padding: bool = False
+    histogram: Literal["none", "percentile", "landmarks", "clahe"] = "none"
+    clahe_tiles: int = 8
+    clahe_limit: float = 2.0
+    landmarks: tuple[float, ...] = ()
+    detail_sd: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """Grid, intensities and batches of one model.
 
@@ -24,6 +42,7 @@ class Plan:
             (brain-extracted images); or `ct`: clip to `intensity_low/high`, then subtract and divide by the cohort's
             foreground mean and standard deviation.
         intensity_low, intensity_high, intensity_mean, intensity_sd: in the image's unit (HU for CT); only `ct`.
+        appearance: how radiographs of different sources are made to look alike; nothing is done to volumes.
         network: fields of the config's `model` that were null and follow from the cohort: pooling and kernels by axis.
         memory_mode: what training keeps for the backward pass, for networks that have the choice; else empty.
         predicted_memory_gb: peak memory of training (1e9 bytes; resident on a CPU, allocated on a GPU) as the growth
@@ -44,6 +63,7 @@ class Plan:
     intensity_high: float = 0.0
     intensity_mean: float = 0.0
     intensity_sd: float = 1.0
+    appearance: Appearance = Appearance()
     network: Mapping[str, Any] = field(default_factory=dict)
     memory_mode: str = ""
     predicted_memory_gb: float | None = None
@@ -54,6 +74,13 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
+IMAGE_FIELDS = (
+    "spacing_mm", "size_px", "normalise", "intensity_low", "intensity_high", "intensity_mean", "intensity_sd",
+    "appearance",
+)  # fmt: skip
+"""What of a plan makes the image that a network sees; patch, batch and memory do not."""
+
+
 def write_plan(path: Path, plan: Plan) -> Path:
     """Write the plan as YAML, atomically."""
     return write_text(path, yaml.safe_dump(plain(asdict(plan)), sort_keys=False, allow_unicode=True))
@@ -62,11 +89,16 @@ def write_plan(path: Path, plan: Plan) -> Path:
 def read_plan(path: Path) -> Plan:
     """Read a plan. Raises UserError naming the file and the field that does not fit."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for name in ("patch_size", "spacing_mm", "size_px"):
-            tree[name] = tuple(tree[name])
-        return Plan(**tree)
+        return plan_of(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; run `medseg plan`.") from error
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a plan ({error}); run `medseg plan` again.") from error
+
+
+def plan_of(tree: Mapping[str, Any]) -> Plan:
+    """The plan in a tree as YAML and JSON hold it. Raises KeyError, TypeError or AttributeError for anything else."""
+    looks = dict(tree.get("appearance") or {})
+    looks |= {name: tuple(looks[name]) for name in ("landmarks", "detail_sd") if name in looks}
+    fixed = {name: tuple(tree[name]) for name in ("patch_size", "spacing_mm", "size_px")}
+    return Plan(**{**tree, **fixed, "appearance": Appearance(**looks)})

@@ -74,6 +74,14 @@ def orientation_code(affine: Affine) -> str:
     return "".join(letters)
 
 
+def sampled(array: NDArray[np.generic], count: int) -> NDArray[np.generic]:
+    """Every n-th value in C order, (m,): all of them, or at least `count`. The array is not copied."""
+    step = max(1, array.size // count)
+    if array.flags.c_contiguous:
+        return array.reshape(-1)[::step]
+    return array[np.unravel_index(np.arange(0, array.size, step), array.shape)]
+
+
 def to_canonical(volume: Volume) -> Volume:
     """Permute and flip axes so that they run closest to R, A, S. No interpolation; positions kept."""
     axes, signs = closest_axes(volume.affine)

@@ -17,6 +17,7 @@ needs_dciodvfy = pytest.mark.skipif(
 
 def dciodvfy_errors(path: Path) -> list[str]:
     """What dciodvfy calls errors in a file."""
+    assert path.is_file()
     done = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, errors="replace", check=False)
     lines = (done.stdout + done.stderr).splitlines()
     assert any(not line.lstrip().startswith(("Warning", "Error")) for line in lines), "the object was recognised"
@@ -53,6 +54,35 @@ def measured_ml(report: pydicom.Dataset) -> dict[str, tuple[float, int, str]]:
     return found
 
 
+def evaluations(report: pydicom.Dataset) -> list[tuple[str, str]]:
+    """Codes of (name, value) of all coded statements of the measurement groups, but for what identifies the group."""
+    return [
+        (_name(item), _code(item.ConceptCodeSequence[0]))
+        for group in _containers(report, "125007")
+        for item in group.ContentSequence
+        if item.ValueType == "CODE"
+    ]
+
+
+def numbers(report: pydicom.Dataset) -> dict[str, tuple[float, ...]]:
+    """Code of each measurement to its value, and the ends of its interval where it has one."""
+    found = {}
+    for group in _containers(report, "125007"):
+        for item in (item for item in group.ContentSequence if item.ValueType == "NUM"):
+            value = _number(item)
+            ranges = {_name(part): _number(part) for part in item.get("ContentSequence", ())}
+            ends = (value - ranges["371885007"], value + ranges["371886008"]) if ranges else ()
+            found[_name(item)] = (value, *ends)
+    return found
+
+
+def undeclared_schemes(report: pydicom.Dataset) -> set[str]:
+    """Private coding schemes (99…) of codes anywhere in the document that it does not identify."""
+    used = {element.value for element in report.iterall() if element.keyword == "CodingSchemeDesignator"}
+    declared = {item.CodingSchemeDesignator for item in report.get("CodingSchemeIdentificationSequence", ())}
+    return {scheme for scheme in used if scheme.startswith("99")} - declared
+
+
 def concepts(report: pydicom.Dataset, concept: str) -> list[str]:
     """The meanings of all codes that are said to be `concept` (a code value), anywhere in the tree."""
     return [item.ConceptCodeSequence[0].CodeMeaning for item in _items(report) if _name(item) == concept]
@@ -87,4 +117,12 @@ def _containers(report: Any, concept: str) -> Iterator[Any]:
 
 
 def _name(item: Any) -> str:
-    return item.ConceptNameCodeSequence[0].CodeValue if "ConceptNameCodeSequence" in item else ""
+    return _code(item.ConceptNameCodeSequence[0]) if "ConceptNameCodeSequence" in item else ""
+
+
+def _code(item: Any) -> str:
+    return item.CodeValue if "CodeValue" in item else item.LongCodeValue
+
+
+def _number(item: Any) -> float:
+    return float(item.MeasuredValueSequence[0].NumericValue)

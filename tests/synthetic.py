@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
+from medseg.bundle import save_bundle
 from medseg.cohort import Case, Cohort, assign_splits, write_cohort
 from medseg.config import Config, load_config
 from medseg.data.phantom import SITES, draw_radiograph_parameters, render_radiograph
 from medseg.images import write_nifti, write_png
+from medseg.models import build_from_config
+from medseg.plan import Plan
+from medseg.verdict import Verdict
 from medseg.volume import Volume
 
 AFFINE = np.array([[-1.5, 0, 0, 12], [0, 1.5, 0, -7], [0, 0, 2.0, 3], [0, 0, 0, 1]])
@@ -113,6 +120,58 @@ def two_mark_radiographs(folder: Path, count: int = 40) -> Path:
         lines.append(f"{name},{named or 'No mark'},p{number:02d},{'north' if number % 8 < 4 else 'south'}")
     (folder / "marks.csv").write_text("\n".join(lines) + "\n")
     return folder / "marks.csv"
+
+
+def chest(rows: int = 300, columns: int = 280, noise: float = 0.05) -> NDArray[np.uint16]:
+    """Two dark lungs, pointed at the top, with ribs across them, beside a bright middle in a bright body."""
+    y, x = (np.mgrid[:rows, :columns] + 0.5) / np.reshape([rows, columns], (2, 1, 1))
+    aside = np.abs(x - 0.5)
+    image = np.where(aside < 0.46, 0.75, 0.0)
+    width = 0.34 * np.sqrt(np.clip((y - 0.08) / 0.72, 0, 1))
+    lung = (aside > 0.05) & (aside < 0.05 + width) & (y < 0.8)
+    image[lung] = 0.25 + 0.05 * np.sin(60 * y[lung])
+    image[(y < 0.1) & (aside > 0.2)] = 0  # beside the neck
+    image += np.random.default_rng(0).normal(0, noise, image.shape)
+    return (np.clip(image, 0, 1) * 4000).astype(np.uint16)
+
+
+def calibrated_bundle(folder: Path, *overrides: str) -> Path:
+    """An untrained classifier with a verdict: threshold 0.25, `few_levels` leaves a radiograph not assessable."""
+    config = tiny_radiograph_config(*overrides)
+    torch.manual_seed(0)
+    net = build_from_config(config.model, spatial_dims=2, in_channels=1, out_channels=2)
+    rates = {
+        "sensitivity": {"value": 0.9375, "ci_low": 0.75, "ci_high": 1.0, "n": 16},
+        "specificity": {"value": 0.625, "ci_low": 0.5, "ci_high": 0.75, "n": 40},
+    }
+    verdict = Verdict("tb", "temperature", 0.25, withhold=("few_levels",), point=rates)
+    facts = {"run_id": "run-1", "cohort_sha256": "c" * 64, "metrics": {}}
+    plan = Plan(spatial_dims=2, patch_size=(32, 32), batch_size=1, size_px=(32, 32))
+    return save_bundle(folder, state_dict=net.state_dict(), config=config, plan=plan, verdict=verdict, **facts)
+
+
+def contoured(number: int) -> frozenset[int]:
+    """Of the seven structures of `headneck_lookalike`, those that case `number` has contoured; every third has all."""
+    return frozenset(value for value in range(1, 8) if number % 3 == 0 or value < 4 or (number + value) % 4)
+
+
+def headneck_lookalike(folder: Path, count: int = 12) -> Path:
+    """CT stored as HU + 1024 with air = 0, whose headers hold a spacing alone; a box for each of seven structures, all
+    of them in every image, but in a label map only where `contoured` says so."""
+    rng = np.random.default_rng(11)
+    for number in range(count):
+        label = np.zeros((20, 22, 18), dtype=np.uint8)
+        for value in range(1, 8):
+            x, y, z = 2 + 5 * (value % 3) + rng.integers(3), 2 + 6 * (value // 3) + rng.integers(3), rng.integers(2, 8)
+            label[x : x + 4, y : y + 4, z : z + 8] = value
+        image = np.zeros(label.shape)
+        image[1:-1, 1:-1] = 1024 + rng.normal(0, 20, image[1:-1, 1:-1].shape)
+        image += 120.0 * label
+        label[~np.isin(label, list(contoured(number)))] = 0
+        for kind, array in (("images", image.round().astype(np.int16)), ("labels", label)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.diag([4.0, 4.0, 2.5, 1.0])), folder / kind / f"pt_{number}.nii.gz")
+    return folder
 
 
 def pneumonia_radiographs(folder: Path, count: int = 3, size_px: int = 96) -> Path:

@@ -25,8 +25,10 @@ VERBS = ("ingest", "plan", "train", "evaluate", "predict", "report", "models", "
 ON_SHELVES = (
     "models list",
     "models show",
+    "models pretrain",
     "models join",
     "models prune",
+    "models adapt",
     "models calibrate",
     "models promote",
     "models export",

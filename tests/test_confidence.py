@@ -71,6 +71,23 @@ def test_expectation_never_falls_with_the_promise_nor_rises_with_the_entropy() -
     assert expected(Features(0.8, 0.1))[0] >= expected(Features(0.8, 0.5))[0]
 
 
+def test_disagreement_of_mirrored_passes_counts_where_it_is_known() -> None:
+    """Dice that falls with the disagreement alone: the third feature finds it, and two features cannot."""
+    x, _, groups = drawn(100, 8)
+    disagree = np.random.default_rng(8).uniform(0, 0.5, 100)
+    y = 1 / (1 + np.exp(-(2.5 - 6 * disagree)))
+    with_it, without = fit_expected_dice(np.column_stack([x, disagree]), y, groups), fit_expected_dice(x, y, groups)
+    assert with_it is not None
+    assert without is not None
+    errors = [compare(held_out, y)["absolute_error"] for _, held_out in (with_it, without)]
+    assert errors[0] < 0.2 * errors[1]
+    expected = from_facts({"coefficients": with_it[0].coefficients, "low": -0.1, "high": 0.1, "n": 100})
+    said = [expected(Features(0.9, 0.1, mirrored=mirrored))[0] for mirrored in (1.0, 0.8, 0.5)]
+    assert said == sorted(said, reverse=True)
+    older = ExpectedDice((0.0, 1.0, 0.0), -0.1, 0.1, 30)
+    assert older(Features(0.9, 0.1, mirrored=0.2))[0] == pytest.approx(0.9), "a fit without it stays as it was"
+
+
 def test_few_cases_or_one_group_are_not_calibrated() -> None:
     x, y, groups = drawn(7, 6)
     assert fit_expected_dice(x, y, groups) is None
@@ -109,6 +126,24 @@ def test_the_temperature_that_spoiled_probabilities_is_found() -> None:
     assert fit_temperature(3.0 * right, labels) == pytest.approx(3.0, rel=0.05)
     assert calibration_error(3.0 * right, labels) > 0.1
     assert calibration_error(3.0 * right, labels, 3.0) < 0.02
+
+
+def test_what_is_not_annotated_counts_as_background_when_a_temperature_is_fitted() -> None:
+    """Class 2 is not annotated in half of the voxels and stands as background there: merged probabilities are as true
+    as they were, while taking those labels at their word finds another temperature."""
+    rng = np.random.default_rng(9)
+    right = rng.normal(0, 2, (20000, 3))
+    probs = np.exp(right - np.logaddexp.reduce(right, axis=1, keepdims=True))
+    labels = (probs.cumsum(1) > rng.random((20000, 1))).argmax(1)
+    annotated = np.ones((20000, 3), bool)
+    annotated[::2, 2] = False
+    told = np.where(~annotated[:, 2] & (labels == 2), 0, labels)
+    assert fit_temperature(3.0 * right, told, annotated) == pytest.approx(3.0, rel=0.05)
+    assert fit_temperature(3.0 * right, told) > 4
+    assert calibration_error(3.0 * right, told, 3.0, annotated=annotated) < 0.02
+    assert calibration_error(3.0 * right, told, 3.0) > 0.05
+    whole = np.ones((20000, 3), bool)
+    assert fit_temperature(3.0 * right, labels, whole) == fit_temperature(3.0 * right, labels)
 
 
 def test_calibration_error_by_hand() -> None:

@@ -205,14 +205,19 @@ def test_predictions_of_the_joined_model_say_how_far_to_trust_them(
         assert known["held_out"]["n"] == 11
     assert all(member["temperature"] != 1 for member in bundle.members)
     assert bundle.facts["calibration"]["ece_after"] <= bundle.facts["calibration"]["ece_before"] + 0.02
+    assert len(bundle.distance.members) == 2
+    assert bundle.facts["feature_distance"]["held_out"] == 11, "each case of train and val once"
     predict_step.run(bundle, cohort, tmp_path / "out", split="test")
     rows = read_ledger(tmp_path / "out" / "ledger.csv")
     for row in rows:
+        assert row.feature_distance > 0
+        assert row.distance_limit == pytest.approx(bundle.distance.limit, abs=1e-4)
         said = read_json(tmp_path / "out" / row.case_id / "result.json")["confidence"]
         for figures in said.values():
             low, high = figures["interval"]
             assert 0 <= low <= figures["expected_dice"] <= high <= 1
             assert 0 < figures["agreement"] <= 1
+            assert 0 < figures["mirrored"] <= 1
         assert row.expected_dice == min(figures["expected_dice"] for figures in said.values())
     queue = read_rows(tmp_path / "out" / "review_queue.csv")
     assert {row["case_id"] for row in queue} == {row.case_id for row in rows}

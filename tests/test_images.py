@@ -1,5 +1,6 @@
 """What is written is what is read back: values, types, affines; damaged files are named."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ def test_nifti_keeps_values_type_and_affine(tmp_path: Path, dtype: Any) -> None:
     np.testing.assert_array_equal(back.array, array)
     assert back.array.dtype == dtype
     np.testing.assert_allclose(back.affine, OBLIQUE, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_compressed_nifti_is_the_plain_one_packed(tmp_path: Path, dtype: Any, order: Any) -> None:
+    array = np.random.default_rng(0).normal(100, 30, (40, 30, 20)).astype(dtype, order=order)
+    array[:20] = -1 if dtype != np.uint8 else 0
+    plain, packed = (write_nifti(tmp_path / name, Volume(array, OBLIQUE)) for name in ("a.nii", "a.nii.gz"))
+    assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+    assert packed.stat().st_size < 0.8 * plain.stat().st_size
+    assert write_nifti(tmp_path / "again.nii.gz", Volume(array, OBLIQUE)).read_bytes() == packed.read_bytes()
 
 
 def test_sform_and_qform_say_the_same(tmp_path: Path) -> None:

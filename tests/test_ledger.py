@@ -24,7 +24,7 @@ def test_columns_are_the_contract(tmp_path: Path) -> None:
     ledger.write()
     header = (tmp_path / "ledger.csv").read_text().strip()
     columns = "case_id,status,reason,source_kind,seconds,input_sha256,output_sha256,bundle_sha256,expected_dice"
-    assert header == f"{columns},verdict,probability,score,threshold"
+    assert header == f"{columns},verdict,probability,score,threshold,feature_distance,distance_limit,air_windows"
 
 
 def test_rows_follow_from_results_and_survive_the_disk(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def config(*overrides: str) -> Config:
         TASK,
         LOSS,
         "verdict={}",
+        "export={}",
         "train={epochs: 16, validate_every: 16, warmup_steps: 2, learning_rate: 0.01, ema_decay: 0.8, precision: fp32}",
         "augment={probability: 0}",
         "explain={max_cases: 1, cases: doubtful, rank: {cases: 1, methods: [gradcam]}}",

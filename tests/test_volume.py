@@ -15,6 +15,7 @@ from medseg.volume import (
     orientation_code,
     resample,
     resampled_grid,
+    sampled,
     spacing_of,
     to_canonical,
     world_of,
@@ -60,6 +61,15 @@ def positions_by_value(volume: Volume) -> np.ndarray:
     index = np.argwhere(np.ones(volume.array.shape, dtype=bool))
     order = np.argsort(volume.array.reshape(-1))
     return world_of(volume.affine, index[order].astype(float))
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 1000])
+def test_sampled_values_do_not_depend_on_the_order_in_memory(count: int) -> None:
+    array = np.arange(60).reshape(3, 4, 5)
+    expected = array.reshape(-1)[:: max(1, 60 // count)]
+    for same in (array, np.asfortranarray(array), np.flip(np.flip(array, 1).copy(), 1)):
+        np.testing.assert_array_equal(sampled(same, count), expected)
+    assert sampled(array, count).size >= min(count, 60)
 
 
 @given(volumes())

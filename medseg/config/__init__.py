@@ -15,13 +15,14 @@ from medseg.config.classifiers import (
     VGGConfig,
 )
 from medseg.config.fields import Strict
-from medseg.config.ingest import FindingCode, IngestConfig, SplitConfig, TableConfig
+from medseg.config.ingest import ExamUnit, FindingCode, IngestConfig, SplitConfig, TableConfig
 from medseg.config.load import apply_override, dump_config, find_config, load_config, validate_config
 from medseg.config.models import (
     AttentionUNetConfig,
     DynUNetConfig,
     MedNeXtConfig,
     ModelConfig,
+    PriorUNetConfig,
     ReversibleUNetConfig,
     SegResNetConfig,
     SwinUNETRConfig,
@@ -30,6 +31,7 @@ from medseg.config.models import (
 )
 from medseg.config.network import NetworkConfig
 from medseg.config.results import (
+    ChangeConfig,
     CodeConfig,
     ExplainChecksConfig,
     ExplainConfig,
@@ -43,30 +45,37 @@ from medseg.config.results import (
     TrackingConfig,
 )
 from medseg.config.training import (
+    AppearanceConfig,
     AugmentConfig,
     BinaryCrossEntropyConfig,
     CrossEntropyConfig,
     DiceCEConfig,
     LossConfig,
     PlanConfig,
+    PretrainConfig,
+    PriorConfig,
+    StyleConfig,
     TrainConfig,
 )
 from medseg.config.tree import Config, TaskConfig
 from medseg.config.verdict import AuditConfig, AuditItem, VerdictConfig
 
 __all__ = [
+    "AppearanceConfig",
     "AttentionUNetConfig",
     "AuditConfig",
     "AuditItem",
     "AugmentConfig",
     "BackboneConfig",
     "BinaryCrossEntropyConfig",
+    "ChangeConfig",
     "CodeConfig",
     "Config",
     "CrossEntropyConfig",
     "DenseNetConfig",
     "DiceCEConfig",
     "DynUNetConfig",
+    "ExamUnit",
     "ExplainChecksConfig",
     "ExplainConfig",
     "ExportConfig",
@@ -82,6 +91,9 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "PredictConfig",
+    "PretrainConfig",
+    "PriorConfig",
+    "PriorUNetConfig",
     "RankConfig",
     "ReportConfig",
     "ResNetConfig",
@@ -91,6 +103,7 @@ __all__ = [
     "SplitConfig",
     "SqueezeNetConfig",
     "Strict",
+    "StyleConfig",
     "SwinUNETRConfig",
     "TableConfig",
     "TaskConfig",

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from medseg.config.fields import Count, Share, Strict
 
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
+ExamUnit = Literal["order", "days", "months", "years"]
 
 
 class SplitConfig(Strict):
@@ -21,7 +22,11 @@ class SplitConfig(Strict):
 
 
 class TableConfig(Strict):
-    """Column names of a labels CSV; an empty name means that the table has no such column."""
+    """Column names of a labels CSV; an empty name means that the table has no such column.
+
+    `annotated` lists the structures of which the label map tells, joined by `|`; an empty cell leaves that to
+    `ingest.label_missing`.
+    """
 
     image: str = "image"
     label: str = "label"
@@ -29,13 +34,15 @@ class TableConfig(Strict):
     patient: str = "patient_id"
     site: str = "site"
     split: str = "split"
+    exam: str = "exam"
+    annotated: str = ""
 
 
 FindingCode = Literal[
     "anisotropic", "burned_in_text", "chest_doubtful", "colour", "detector_spacing", "few_levels",
     "few_pixels", "few_voxels", "for_processing", "form_mismatch", "form_mirrored", "gantry_tilt", "implausible_extent",
-    "implausible_spacing", "no_orientation", "not_frontal_chest", "not_hounsfield", "padding", "secondary_capture",
-    "spacing_unknown", "view_unknown",
+    "implausible_spacing", "no_chest", "no_orientation", "not_frontal_chest", "not_hounsfield", "padding",
+    "secondary_capture", "spacing_unknown", "view_unknown",
 ]  # fmt: skip
 
 
@@ -61,7 +68,14 @@ class IngestConfig(Strict):
     `label_files`: a case's label is one integer `map`, or a folder with a binary mask `one_per_label`, each named like
     its label in `task.labels`; other masks in it are passed over. `label_values` gives another number to values of a
     label map ({4: 3}), all at once. `label_grid: image` takes the voxels of a label for those of its image, whatever
-    its header says, for labels that were published with a header that is not true.
+    its header says, for labels that were published with a header that is not true. `label_missing` says what it means
+    that a label map has no voxel of a structure (or a folder of masks no file of it): the scan does not show it, or it
+    was not contoured, so that nothing is known of it and no case is trained or measured on it.
+
+    `offset_hu` is added to the voxels of NIfTI files, for CT that is stored with an offset (-1024 where air is 0).
+    `orientation` says to where the axes of NIfTI files point (LPI: first axis to the left, second to the posterior,
+    third to the inferior side), for files whose header holds a spacing but no true orientation; it needs
+    `label_grid: image`. Scans that a trained model is given are taken as their headers have them.
 
     `label_threshold` turns a grey mask into a binary one (values above it are 1); `target_names` maps the table's
     class cells to names of `task.labels` (with `task.multi_label` each name in a cell, and to `none` what means that
@@ -72,7 +86,8 @@ class IngestConfig(Strict):
 
     `names` says what becomes of the names of NIfTI, PNG and JPEG files, and of sites in a table: `keyed` replaces them
     by pseudonyms, as those of DICOM always are; `kept` states that they identify no one, as in a public dataset.
-    `dates` of examinations are shifted, by one number of days for all of a patient, or dropped.
+    `dates` of examinations are shifted, by one number of days for all of a patient, or dropped. `exam_unit` is what the
+    number of an examination without a letter counts (d129 is days, m12 months, y2 years, whatever it says).
     """
 
     modality: tuple[str, ...] = ()
@@ -88,6 +103,9 @@ class IngestConfig(Strict):
     label_files: Literal["map", "one_per_label"] = "map"
     label_values: dict[LabelValue, LabelValue] = Field(default={})
     label_grid: Literal["header", "image"] = "header"
+    label_missing: Literal["absent", "not_contoured"] = "absent"
+    offset_hu: float = 0.0
+    orientation: Annotated[str, Field(pattern=r"^([RLAPSI]{3})?$")] = ""
     table: TableConfig = TableConfig()
     target_names: dict[str, str] = Field(default={})
     label_threshold: int | None = None
@@ -96,6 +114,7 @@ class IngestConfig(Strict):
     radiograph_window: Literal["none", "voi"] = "none"
     names: Literal["keyed", "kept"] = "keyed"
     dates: Literal["shift", "drop"] = "shift"
+    exam_unit: ExamUnit = "order"
     split: SplitConfig = SplitConfig()
 
     @field_validator("description", "label_name", "image_path")
@@ -136,6 +155,23 @@ class IngestConfig(Strict):
             raise ValueError(f"label_path names {{{unknown[0]}}}, which is no named group of image_path")
         return self
 
+    @model_validator(mode="after")
+    def _check_stored(self) -> "IngestConfig":
+        if self.offset_hu and self.modality != ("CT",):
+            raise ValueError(f"offset_hu {self.offset_hu:g} is for CT alone; set modality to [CT]")
+        if self.orientation and self.label_grid != "image":
+            raise ValueError(f"orientation {self.orientation!r} would part labels from images; set label_grid to image")
+        return self
+
+    @field_validator("orientation")
+    @classmethod
+    def _check_orientation(cls, codes: str) -> str:
+        if codes and {frozenset(pair) & set(codes) for pair in ("RL", "AP", "SI")} != {
+            frozenset(code) for code in codes
+        }:
+            raise ValueError(f"{codes!r} must name each of the directions R or L, A or P, S or I once")
+        return codes
+
     def for_use(self) -> "IngestConfig":
-        """The settings without those that describe where a training set keeps its files."""
-        return self.model_copy(update={"image_path": "", "label_path": ""})
+        """The settings without those that describe where a training set keeps its files, and how it stores them."""
+        return self.model_copy(update={"image_path": "", "label_path": "", "offset_hu": 0.0, "orientation": ""})

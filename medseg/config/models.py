@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -218,6 +218,26 @@ class ReversibleUNetConfig(NetworkConfig):
         return (2 ** (len(self.channels) - 1),) * spatial_dims
 
 
+class PriorUNetConfig(NetworkConfig):
+    """2D U-Net over the slices of a volume, with an earlier segmentation as prior (in the manner of arXiv:1906.07160).
+
+    `axis` is the one across the slices, after canonical orientation: 0 sagittal, 1 coronal, 2 axial. With each slice
+    the network sees `neighbours` more on either side. Training shows it priors as `augment.prior` says; prediction
+    takes the mask of the patient's earlier examination, where the batch or the cohort holds one.
+    """
+
+    dims: ClassVar[tuple[int, ...]] = (3,)
+    takes_prior: ClassVar[bool] = True
+
+    name: Literal["prior_unet"] = "prior_unet"
+    channels: Annotated[tuple[Count, ...], Field(min_length=3)] = (32, 64, 128, 256)
+    axis: Annotated[int, Field(ge=0, le=2)] = 0
+    neighbours: Annotated[int, Field(ge=0)] = 1
+
+    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
+        return tuple(1 if axis == self.axis else 2 ** (len(self.channels) - 1) for axis in range(spatial_dims))
+
+
 ModelConfig = Annotated[
     UNetConfig
     | AttentionUNetConfig
@@ -227,6 +247,7 @@ ModelConfig = Annotated[
     | MedNeXtConfig
     | UNetPPConfig
     | ReversibleUNetConfig
+    | PriorUNetConfig
     | DenseNetConfig
     | ResNetConfig
     | VGGConfig

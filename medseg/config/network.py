@@ -18,6 +18,7 @@ class NetworkConfig(Strict):
     """
 
     classifies: ClassVar[bool] = False
+    takes_prior: ClassVar[bool] = False
     dims: ClassVar[tuple[int, ...]] = (2, 3)
     published_px: ClassVar[int] = 224
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from medseg.config.fields import Count, Positive, Strict
+from medseg.config.fields import Count, Positive, Share, Strict
 
 MethodName = Literal[
     "gradcam",
@@ -20,16 +20,35 @@ MethodName = Literal[
 ]
 
 
+class ChangeConfig(Strict):
+    """How volumes of one patient are compared over time.
+
+    `cv_percent` is the test-retest noise of a label's volume where it is known: the standard deviation of repeated
+    measurements in percent of the volume. What `medseg models calibrate` measured, on repeat scans at most
+    `retest_days` apart, goes before it. Examinations that span less than `min_days` are given no rate per year.
+    """
+
+    cv_percent: dict[str, Positive] = Field(default={})
+    retest_days: Annotated[int, Field(ge=0)] = 30
+    min_days: Count = 90
+
+
 class PredictConfig(Strict):
     """Inference. `overlap` of neighbouring windows; `mirror_axes`: logits are averaged over flips along them.
 
     `memory_gb`: what blended logits may take, in GB (1e9 bytes), beside image, label map and the network's own need.
+    `air_below`: windows with no voxel from it on are answered as if they held even air, which is quicker and may change
+    labels; in HU where the plan normalises by HU (`ct`), else in standard deviations after normalisation.
+    `min_similarity`: correlation of two examinations, once aligned, below which the earlier mask is no prior.
     """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     window_batch: Count = 1
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     memory_gb: Positive = 4.0
+    air_below: float | None = None
+    min_similarity: Share = 0.7
+    change: ChangeConfig = ChangeConfig()
 
 
 class MethodConfig(Strict):
@@ -142,7 +161,9 @@ class SegmentConfig(Strict):
 
 
 class ExportConfig(Strict):
-    """Results as DICOM, for scans that came as DICOM. `segments` gives codes to labels.
+    """Results as DICOM, for scans that came as DICOM.
+
+    `segments` gives codes to labels; of a classifier, the `type` of the class to refer names its verdict.
 
     `segmentation`: `binary` has one frame per label and slice, and every viewer reads it; `labelmap` has one per
     slice, which is far smaller with many labels, but only recent viewers read it.

@@ -7,6 +7,23 @@ from pydantic import Field, model_validator
 from medseg.config.fields import Count, NotNegative, Positive, Share, Strict
 
 
+class AppearanceConfig(Strict):
+    """How radiographs of different sources are made to look alike, at training and at prediction; off by default.
+
+    `crop_padding` leaves out constant lines at the border; masks and maps still come out on the radiograph's own grid.
+    `histogram` clips grey values to the 1st and 99th percentile (`percentile`), maps eleven percentiles to those of the
+    training cases (`landmarks`, Nyúl & Udupa 1999), or equalises `clahe_tiles` tiles a side, whose bins hold at most
+    `clahe_limit` times their mean (`clahe`, Zuiderveld 1994). `match_sharpness` brings the contrast of five octaves of
+    detail to that of the training cases (in the manner of Philipsen et al. 2015).
+    """
+
+    crop_padding: bool = False
+    histogram: Literal["none", "percentile", "landmarks", "clahe"] = "none"
+    clahe_tiles: Annotated[int, Field(ge=1, le=32)] = 8
+    clahe_limit: Annotated[float, Field(ge=1)] = 2.0
+    match_sharpness: bool = False
+
+
 class PlanConfig(Strict):
     """What the planner may not choose itself: a null is chosen from the cohort and recorded with its reason.
 
@@ -19,6 +36,7 @@ class PlanConfig(Strict):
     patch_size: tuple[Count, ...] | None = None
     batch_size: Count | None = None
     normalise: Literal["auto", "zscore", "zscore_nonzero", "ct"] = "auto"
+    appearance: AppearanceConfig = AppearanceConfig()
     memory_gb: Positive | None = None
     probe_seconds: Positive = 60.0
 
@@ -52,10 +70,38 @@ class BinaryCrossEntropyConfig(Strict):
 LossConfig = Annotated[DiceCEConfig | CrossEntropyConfig | BinaryCrossEntropyConfig, Field(discriminator="name")]
 
 
+class StyleConfig(Strict):
+    """Ranges of what scanners and their software change; 0, the default, switches a kind off.
+
+    `amplitude_mix`: largest share of the Fourier amplitude taken from another image of the batch. `random_convolution`:
+    largest share of the image filtered by a random kernel. `resolution`: largest share of the pixels along an axis that
+    are lost. `sharpness`: of fine detail, at most so much is lost, or as much gained.
+    """
+
+    amplitude_mix: Share = 0.0
+    random_convolution: Share = 0.0
+    resolution: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    sharpness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class PriorConfig(Strict):
+    """What a network that takes an earlier segmentation sees as one while it trains.
+
+    It is the label of the patient's earlier examination where there is one, brought to the later by a rigid alignment.
+    Else it is the case's own label, displaced by up to `shift_voxels` along each axis and warped smoothly by
+    displacements with a standard deviation of up to `warp_voxels`. A share `dropout` of the items have none.
+    """
+
+    dropout: Share = 0.3
+    shift_voxels: NotNegative = 1.5
+    warp_voxels: NotNegative = 1.5
+
+
 class AugmentConfig(Strict):
     """Ranges from which parameters are drawn per item; 0 switches a kind off.
 
     `flip_axes` are array axes after canonical orientation (0 = left-right for volumes; 0 = rows for radiographs).
+    `prior` is for networks that take an earlier segmentation.
     """
 
     probability: Share = 0.8
@@ -67,6 +113,18 @@ class AugmentConfig(Strict):
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.15
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
     noise_sd: NotNegative = 0.05
+    style: StyleConfig = StyleConfig()
+    prior: PriorConfig = PriorConfig()
+
+
+class PretrainConfig(Strict):
+    """Sparse masked modelling of radiographs without labels (`medseg models pretrain`; Tian et al. 2023).
+
+    `mask_share` of the patches are hidden; the decoder has `width` channels at its coarsest map.
+    """
+
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    width: Annotated[int, Field(ge=16)] = 256
 
 
 class TrainConfig(Strict):
@@ -75,6 +133,12 @@ class TrainConfig(Strict):
     A null `fold` trains on the split of the cohort. Else train and val together are dealt into `folds` parts that
     share no patient (or no site), by `ingest.split.seed`; part number `fold`, from 0 on, validates and the others
     train, up to the last step (`select`). The test split is left alone either way.
+
+    `site_adversary` is the weight with which a classifier's features unlearn the site of the training cases (Ganin et
+    al. 2016); 0 switches it off.
+
+    `distance_cases`: at the end the feature distance (`medseg.feature_distance`) is fitted on so many training cases at
+    most, and its limit set on so many validation cases at most, evenly spread; 0 leaves it out.
     """
 
     epochs: Count = 100
@@ -92,9 +156,11 @@ class TrainConfig(Strict):
     select: Literal["last", "best"] = "last"
     checkpoint_minutes: Positive = 10.0
     deterministic: bool = False
+    site_adversary: NotNegative = 0.0
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     fold: Annotated[int, Field(ge=0)] | None = None
     folds_by: Literal["patient", "site"] = "patient"
+    distance_cases: Annotated[int, Field(ge=0)] = 200
 
     @model_validator(mode="after")
     def _check_fold(self) -> "TrainConfig":

@@ -8,7 +8,14 @@ from medseg.config.fields import Strict
 from medseg.config.ingest import IngestConfig
 from medseg.config.models import ModelConfig
 from medseg.config.results import ExplainConfig, ExportConfig, PredictConfig, ReportConfig, TrackingConfig
-from medseg.config.training import AugmentConfig, LossConfig, PlanConfig, TrainConfig
+from medseg.config.training import (
+    AppearanceConfig,
+    AugmentConfig,
+    LossConfig,
+    PlanConfig,
+    PretrainConfig,
+    TrainConfig,
+)
 from medseg.config.verdict import AuditConfig, VerdictConfig
 from medseg.label_sets import EMPTY, SEPARATOR
 
@@ -76,6 +83,7 @@ class Config(Strict):
     ingest: IngestConfig = IngestConfig()
     plan: PlanConfig = PlanConfig()
     augment: AugmentConfig = AugmentConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     train: TrainConfig = TrainConfig()
     verdict: VerdictConfig = VerdictConfig()
     audit: AuditConfig = AuditConfig()
@@ -92,9 +100,18 @@ class Config(Strict):
             raise ValueError(f"model.name {self.model.name!r} does not fit task.kind {self.task.kind!r}")
         self._check_sizes()
         self._check_loss()
+        if self.plan.appearance != AppearanceConfig() and self.task.spatial_dims != 2:
+            raise ValueError("plan.appearance is for radiographs, task.spatial_dims 2; leave it out")
+        if self.train.site_adversary and (not classifier or self.model.name == "two_stage"):
+            raise ValueError(
+                f"train.site_adversary {self.train.site_adversary} is for a classifier of one network; set it to 0"
+            )
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")
+        if unknown := sorted(set(self.predict.change.cv_percent) - set(self.task.labels)):
+            names = ", ".join(self.task.labels)
+            raise ValueError(f"predict.change.cv_percent names {unknown[0]!r}, which is none of task.labels ({names})")
         if self.ingest.channels and (tuple(self.ingest.channels) != self.task.channels or self.task.spatial_dims != 3):
             names = ", ".join(self.task.channels)
             raise ValueError(

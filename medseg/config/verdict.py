@@ -28,7 +28,7 @@ class VerdictConfig(Strict):
     prevalence: OpenShare = 0.1
     min_cases: Annotated[int, Field(ge=4)] = 20
     min_per_class: Annotated[int, Field(ge=2)] = 5
-    withhold: tuple[FindingCode, ...] = ("not_frontal_chest", "few_pixels", "few_levels")
+    withhold: tuple[FindingCode, ...] = ("not_frontal_chest", "no_chest", "few_pixels", "few_levels")
 
 
 class AuditConfig(Strict):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medseg.config import AugmentConfig
+from medseg.data.style import AS_IS, Style, draw_style, restyle
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class AugmentParameters:
     Attributes:
         rotation_rad: about each axis (3D: 3 angles, 2D: 1). scale: magnification per axis. translation: share of the
             patch per axis. flips: axes to reverse.
+        style: what scanners and software change; see `medseg.data.style`.
         contrast: factor about the mean. brightness: offset in standard deviations. gamma: exponent on the item's
             intensity range. noise_sd: of added Gaussian noise, from `noise_seed`.
     """
@@ -35,6 +37,7 @@ class AugmentParameters:
     gamma: float = 1.0
     noise_sd: float = 0.0
     noise_seed: int = 0
+    style: Style = AS_IS
 
     @property
     def moves(self) -> bool:
@@ -47,8 +50,14 @@ def neutral(ndim: int) -> AugmentParameters:
     return AugmentParameters((0.0,) * (3 if ndim == 3 else 1), (1.0,) * ndim, (0.0,) * ndim)
 
 
-def draw_augment(config: AugmentConfig, ndim: int, rng: np.random.Generator) -> AugmentParameters:
-    """Draw one item's parameters; with probability 1 - `config.probability` they are neutral but for flips."""
+def draw_augment(
+    config: AugmentConfig, ndim: int, rng: np.random.Generator, *, batch_size: int = 1
+) -> AugmentParameters:
+    """Draw one item's parameters; with probability 1 - `config.probability` they are neutral but for flips.
+
+    Args:
+        batch_size: items of the batch that styles are mixed within.
+    """
     flips = tuple(axis for axis in config.flip_axes if axis < ndim and rng.random() < 0.5)
     if rng.random() >= config.probability:
         still = neutral(ndim)
@@ -65,13 +74,15 @@ def draw_augment(config: AugmentConfig, ndim: int, rng: np.random.Generator) -> 
         gamma=float(np.exp(rng.uniform(-log_gamma, log_gamma))),
         noise_sd=float(rng.uniform(0, config.noise_sd)),
         noise_seed=int(rng.integers(2**31)),
+        style=draw_style(config.style, rng, batch_size),
     )
 
 
 def augment(
     image_BCDHW: Tensor, label_B1DHW: Tensor | None, parameters: Sequence[AugmentParameters]
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply one draw per item: image with linear, label with nearest interpolation; then intensities."""
+    """Apply one draw per item: style; image with linear, label with nearest interpolation; then intensities."""
+    image_BCDHW = restyle(image_BCDHW, [p.style for p in parameters])
     if any(p.moves for p in parameters):
         grid = _grid(image_BCDHW.shape[2:], parameters).to(image_BCDHW.device)
         moved = _sample(image_BCDHW, grid, "bilinear")

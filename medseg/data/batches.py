@@ -6,6 +6,7 @@ So a batch can be made again at any time from two integers, and a resumed run se
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,25 +16,30 @@ from torch import Tensor
 from medseg.config import AugmentConfig
 from medseg.data.augment import AugmentParameters, augment, draw_augment
 from medseg.data.cache import Example, release
+from medseg.data.prior import PriorParameters, as_channels, draw_prior, make_up, without_background
 
 
 @dataclass(frozen=True)
 class ItemParameters:
-    """Which case, where its patch is centred (voxels), and how it is augmented."""
+    """Which case, where its patch is centred (voxels), how it is augmented, and which earlier segmentation it shows."""
 
     index: int
     centre: tuple[int, ...]
     augment: AugmentParameters
+    prior: PriorParameters | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """image_BCDHW float32; label_B1DHW (segmentation), target_B (classification) or target_BK (labels that are
-    not exclusive)."""
+    """image_BCDHW float32, with the channels of a prior for networks that take one; label_B1DHW (segmentation),
+    target_B (classification) or target_BK (labels that are not exclusive); annotated_BK bool, of which classes each
+    label tells, background first, or None: all tell of all.
+    """
 
     image: Tensor
     target: Tensor
     parameters: tuple[ItemParameters, ...]
+    annotated: Tensor | None = None
 
 
 class BatchSource:
@@ -44,6 +50,7 @@ class BatchSource:
         patch_size: voxels per axis of a patch.
         batch_size: items per batch.
         foreground_share: share of patches centred on a labelled voxel (classes equally often).
+        prior_classes: background and labels of the prior that the network takes; 0 for one that takes none.
     """
 
     def __init__(
@@ -55,8 +62,10 @@ class BatchSource:
         *,
         foreground_share: float,
         seed: int,
+        prior_classes: int = 0,
     ) -> None:
         self.examples, self.patch_size, self.batch_size = examples, patch_size, batch_size
+        self.prior_classes = prior_classes
         self.config, self.foreground_share, self.seed = config, foreground_share, seed
 
     @property
@@ -67,9 +76,15 @@ class BatchSource:
     def draw(self, step: int) -> tuple[ItemParameters, ...]:
         """The parameters of every item of batch `step` (0-based)."""
         chosen = [self._case_at(step * self.batch_size + item) for item in range(self.batch_size)]
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng, prior_rng = (np.random.default_rng([self.seed, stream, step]) for stream in (1, 2))
+        draw = partial(draw_augment, self.config, len(self.patch_size), rng, batch_size=self.batch_size)
         return tuple(
-            ItemParameters(index, self._draw_centre(index, rng), draw_augment(self.config, len(self.patch_size), rng))
+            ItemParameters(
+                index,
+                self._draw_centre(index, rng),
+                draw(),
+                draw_prior(self.config.prior, prior_rng) if self.prior_classes else None,
+            )
             for index in chosen
         )
 
@@ -81,14 +96,18 @@ class BatchSource:
             images.append(crop(example.image, item.centre, self.patch_size))
             release(example.image)
             if example.label is not None:
-                labels.append(crop(example.label[None], item.centre, self.patch_size))
+                own = crop(example.label[None], item.centre, self.patch_size)
+                labels.append(own if item.prior is None else np.concatenate([own, self._prior(example, item, own)]))
                 release(example.label)
         image = torch.from_numpy(np.stack(images))
         label = torch.from_numpy(np.stack(labels).astype(np.float32)) if labels else None
         image, label = augment(image, label, [item.augment for item in parameters])
+        if label is not None and self.prior_classes:
+            image = torch.cat([image, as_channels(label[:, 1:], self.prior_classes)], 1)
+            label = label[:, :1].contiguous()
         if label is None:
             label = torch.tensor([self.examples[item.index].target for item in parameters])
-        return Batch(image, label, parameters)
+        return Batch(image, label, parameters, annotated_classes([self.examples[item.index] for item in parameters]))
 
     def stream(self, first_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of steps first..stop-1, made one ahead in a thread while the caller computes."""
@@ -102,6 +121,19 @@ class BatchSource:
                 if step + 2 < stop_step:
                     ahead.append(pool.submit(lambda s: self.make(self.draw(s)), step + 2))
                 yield batch
+
+    def _prior(self, example: Example, item: ItemParameters, label: NDArray[np.generic]) -> NDArray[np.generic]:
+        """(1, *patch) codes of what is known from before; `label` is the case's own on the patch, (1, *patch)."""
+        assert item.prior is not None
+        if not item.prior.shown:
+            return np.zeros(label.shape, dtype=np.uint8)
+        if example.prior is not None:
+            codes = crop(example.prior[None], item.centre, self.patch_size)
+            release(example.prior)
+            return codes
+        inside = crop(np.broadcast_to(np.uint16(1), (1, *example.image.shape[1:])), item.centre, self.patch_size)
+        codes = label[0].astype(np.uint16) + inside[0]
+        return make_up(without_background(codes) if example.annotated else codes, item.prior)[None]
 
     def _case_at(self, position: int) -> int:
         sweep, place = divmod(position, len(self.examples))
@@ -117,6 +149,14 @@ class BatchSource:
         else:
             centre = np.array([rng.integers(n) for n in shape])
         return tuple(_clamp(int(c), n, p) for c, n, p in zip(centre, shape, self.patch_size, strict=True))
+
+
+def annotated_classes(examples: Sequence[Example]) -> Tensor | None:
+    """(B, K) bool, of which classes the label of each example tells, background first; None when all tell of all."""
+    classes = max(len(example.annotated) for example in examples)
+    if not classes:
+        return None
+    return torch.tensor([example.annotated or (True,) * classes for example in examples])
 
 
 def crop(array: NDArray[np.generic], centre: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:

@@ -9,29 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case, Cohort
-from medseg.data.preprocess import prepare
+from medseg.data.alignment import align
+from medseg.data.preprocess import network_grid, prepare
+from medseg.data.prior import move_codes, without_background
+from medseg.exams import previous
 from medseg.files import replacing
 from medseg.images import read_image
 from medseg.label_sets import read_set
-from medseg.plan import Plan
+from medseg.plan import IMAGE_FIELDS, Plan
 from medseg.progress import progress
+from medseg.volume import to_canonical
 
 _POINTS_PER_CLASS = 5000
 _ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
-_GRID_FIELDS = (
-    "spacing_mm",
-    "size_px",
-    "normalise",
-    "intensity_low",
-    "intensity_high",
-    "intensity_mean",
-    "intensity_sd",
-)
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,11 @@ class Example:
         image: (channel, *space) float32, memory-mapped.
         label: (*space) uint8 or uint16, memory-mapped; None for classification.
         points: per label value 1, 2, …: (n, space) int32 voxel indices of that label, at most 5000, evenly spread.
+        prior: (*space) codes of the label of the patient's earlier examination (see `medseg.data.prior`),
+            memory-mapped; None where there is none, or none was asked for.
         target: class index, or for each label in the order of its value whether it is present (1) or not (0); -1 for
             segmentation.
+        annotated: of each class, background first, whether the label tells of it; empty when of all.
     """
 
     case: Case
@@ -51,6 +50,8 @@ class Example:
     label: NDArray[np.integer] | None
     points: tuple[NDArray[np.int32], ...]
     target: int | tuple[int, ...]
+    annotated: tuple[bool, ...] = ()
+    prior: NDArray[np.integer] | None = None
 
 
 def load_examples(
@@ -60,6 +61,7 @@ def load_examples(
     cache: Path,
     *,
     multi_label: bool = False,
+    min_similarity: float | None = None,
     workers: int = 2,
     what: str = "cases",
 ) -> list[Example]:
@@ -69,9 +71,10 @@ def load_examples(
 
     Args:
         multi_label: the target of a case is a set of labels, as `label_sets` writes it.
+        min_similarity: of an earlier examination, for its label to become the prior of a later one; None makes none.
     """
     with ThreadPoolExecutor(workers) as pool, progress(f"Preparing {what}", len(cases)) as shown:
-        futures = [pool.submit(_load, cohort, case, plan, cache, multi_label) for case in cases]
+        futures = [pool.submit(_load, cohort, case, plan, cache, multi_label, min_similarity) for case in cases]
         examples = []
         for future in futures:
             examples.append(future.result())
@@ -79,9 +82,10 @@ def load_examples(
     return examples
 
 
-def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool) -> Example:
-    grid = [cohort.sha256, case.case_id, [str(getattr(plan, name)) for name in _GRID_FIELDS]]
-    stem = cache / hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
+def _load(
+    cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool, min_similarity: float | None
+) -> Example:
+    stem = cache / _key(cohort, case.case_id, plan)
     image_path, label_path = stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")
     source = cohort.label_path(case)
     if not image_path.is_file():
@@ -90,13 +94,46 @@ def _load(cohort: Cohort, case: Case, plan: Plan, cache: Path, multi_label: bool
         if prepared.label is not None:
             _save(label_path, prepared.label)
         _save(image_path, prepared.image)
-    with _ONE_HEADER:
-        image = np.load(image_path, mmap_mode="r", allow_pickle=False)
-        label = np.load(label_path, mmap_mode="r", allow_pickle=False) if source else None
-    points = () if label is None else _points(np.asarray(label), max(cohort.label_names.values(), default=0))
+    image = _mapped(image_path)
+    label = _mapped(label_path) if source else None
+    classes = max(cohort.label_names.values(), default=0)
+    points = () if label is None else _points(np.asarray(label), classes)
     if label is not None:
         release(label)
-    return Example(case, image, label, points, _target(cohort, case, multi_label))
+    known = cohort.annotated(case) if case.annotated else ()
+    annotated = tuple(value == 0 or value in known for value in range(classes + 1)) if known else ()
+    prior = None if min_similarity is None else _prior(cohort, case, plan, cache, min_similarity)
+    return Example(case, image, label, points, _target(cohort, case, multi_label), annotated, prior)
+
+
+def _key(cohort: Cohort, name: str, plan: Plan) -> str:
+    grid = [cohort.sha256, name, [str(getattr(plan, field)) for field in IMAGE_FIELDS]]
+    return hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    with _ONE_HEADER:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _prior(cohort: Cohort, case: Case, plan: Plan, cache: Path, min_similarity: float) -> NDArray[np.integer] | None:
+    """Codes of the earlier examination's label on this case's grid, all 0 where the two do not align; None without."""
+    earlier = previous(case, (other for other in cohort.cases if other.label))
+    if earlier is None:
+        return None
+    path = cache / f"{_key(cohort, f'{case.case_id}/{earlier.case_id}/{min_similarity}', plan)}.prior.npy"
+    if not path.is_file():
+        image, before = (read_image(cohort.image_paths(one)[0]) for one in (case, earlier))
+        shape, affine = network_grid(to_canonical(image), plan)
+        found = align(before, image)
+        codes: NDArray[np.generic] = np.zeros(shape, np.uint8)
+        if found.similarity >= min_similarity:
+            codes = move_codes(read_image(cohort.folder / earlier.label), found.to_later, shape, affine)
+            if earlier.annotated:
+                codes = without_background(codes)
+        _save(path, codes)
+    return _mapped(path)
 
 
 def _target(cohort: Cohort, case: Case, multi_label: bool) -> int | tuple[int, ...]:

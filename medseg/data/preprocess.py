@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.data.appearance import content_box, crop_to, standardise
 from medseg.plan import Plan
 from medseg.volume import Affine, Volume, from_canonical, resample, resampled_grid, to_canonical
 
@@ -21,6 +22,7 @@ class Prepared:
         image: (channel, *space) float32, canonical axes, plan spacing or size, normalised.
         label: (*space) uint8 or uint16 on the same grid, or None.
         affine: of the network's grid. native_affine, native_shape: of the scan as stored.
+        content: rows and columns of a radiograph that the network's grid covers; empty where it covers all.
     """
 
     image: NDArray[np.float32]
@@ -28,6 +30,20 @@ class Prepared:
     affine: Affine
     native_affine: Affine
     native_shape: tuple[int, ...]
+    content: tuple[slice, ...] = ()
+
+    @property
+    def covered_shape(self) -> tuple[int, ...]:
+        """Of the part of the scan that the network's grid covers, edge to edge."""
+        return tuple(part.stop - part.start for part in self.content) or self.native_shape
+
+    def onto_scan(self, covered: NDArray[np.generic]) -> NDArray[np.generic]:
+        """An array of `covered_shape` on the scan's own grid, 0 where the network saw nothing."""
+        if not self.content:
+            return covered
+        whole = np.zeros(self.native_shape, dtype=covered.dtype)
+        whole[self.content] = covered
+        return whole
 
 
 def prepare(channels: Sequence[Volume], plan: Plan, label: Volume | None = None) -> Prepared:
@@ -38,16 +54,17 @@ def prepare(channels: Sequence[Volume], plan: Plan, label: Volume | None = None)
         label: integer label map on the grid of the channels.
     """
     native = channels[0]
-    parts = [_canonical(channel) for channel in channels]
+    content = content_box(native.array) if plan.appearance.crop_padding else ()
+    parts = [crop_to(_canonical(channel), content) for channel in channels]
     shape, affine = network_grid(parts[0], plan)
-    image = np.stack([_resample_image(part, shape, affine) for part in parts])
+    image = np.stack([standardise(_resample_image(part, shape, affine), plan.appearance) for part in parts])
     for channel in image:
         normalise_inplace(channel, plan)
     label_array = None
     if label is not None:
         part = _canonical(label)
         label_array = resample(part.array, part.affine, shape, affine, order=0)
-    return Prepared(image, label_array, affine, native.affine, native.array.shape)
+    return Prepared(image, label_array, affine, native.affine, native.array.shape, content)
 
 
 def restore_label(label: NDArray[np.generic], prepared: Prepared) -> NDArray[np.generic]:
@@ -87,6 +104,13 @@ def normalise_inplace(channel: NDArray[np.float32], plan: Plan) -> None:
     deviation = float(channel.std(dtype=np.float64))
     if deviation > 0:
         channel /= deviation
+
+
+def normalised_limit(limit: float | None, plan: Plan) -> float | None:
+    """A limit of intensities in the unit of prepared images; HU of a plan that normalises by HU, else it is one."""
+    if limit is None or plan.normalise != "ct":
+        return limit
+    return (limit - plan.intensity_mean) / max(plan.intensity_sd, 1e-6)
 
 
 def _canonical(volume: Volume) -> Volume:

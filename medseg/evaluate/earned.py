@@ -30,11 +30,13 @@ Apply = Callable[..., NDArray[Any]]
 
 @dataclass(frozen=True)
 class Pair:
-    """One case: whose it is, its out-of-fold prediction and its label map, on one grid."""
+    """One case: whose it is, its out-of-fold prediction and its label map, on one grid, and the labels of which that
+    does not tell."""
 
     patient: str
     pred: Path
     ref: Path
+    not_annotated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def _round(
     for pair in pairs:
         pred, ref = _read(pair)
         for label, operations in tried.items():
+            if label in pair.not_annotated:
+                continue
             for operation, before, after in _scores(pred, ref, labels[label], operations, used[label], apply):
                 scores.setdefault((label, operation), []).append((pair.patient, before, after))
     return {

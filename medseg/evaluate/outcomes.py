@@ -23,6 +23,7 @@ class Outcome:
         target, predicted: class names, or sets of labels as `label_sets` writes them; probs: probability by class name
             (classification).
         pred: the predicted mask (segmentation).
+        not_annotated: labels of which the case's label map does not tell; they have no figures.
     """
 
     case: Case
@@ -33,6 +34,7 @@ class Outcome:
     predicted: str = ""
     probs: Mapping[str, float] = field(default_factory=dict)
     pred: Path | None = None
+    not_annotated: tuple[str, ...] = ()
 
     @property
     def measured(self) -> bool:
@@ -105,6 +107,7 @@ def _outcome(entry: Mapping[str, Any], predictions: Path) -> Outcome:
         predicted=entry["predicted"] or "",
         probs=entry["probs"],
         pred=Path(entry["pred"]) if entry["pred"] else None,
+        not_annotated=tuple(entry.get("not_annotated", ())),
     )
 
 
@@ -141,4 +144,5 @@ def _entry(cohort: Cohort, outcome: Outcome, predictions: Path) -> dict[str, obj
         "target": outcome.target or None,
         "predicted": outcome.predicted or None,
         "probs": outcome.probs,
+        "not_annotated": outcome.not_annotated,
     }

@@ -39,10 +39,12 @@ def measure(
         workers: processes; by default one per core when there is enough to do, else none beside this one.
 
     Returns:
-        One outcome per case: figures `<figure>_<label>`, and as score the mean Dice over the labels that the case or
-        its prediction has.
+        One outcome per case: figures `<figure>_<label>`, NaN for labels that the case does not annotate, and as score
+        the mean Dice over the others that the case or its prediction has.
     """
-    jobs = [(case, cohort.folder, predictions, dict(labels), tolerance_mm) for case in cases]
+    jobs = [
+        (case, cohort.folder, predictions, dict(labels), _unknown(cohort, case, labels), tolerance_mm) for case in cases
+    ]
     if workers is None:
         work = sum(math.prod(case.shape) for case in cases) * len(labels)
         workers = min(os.cpu_count() or 1, len(cases)) if work > _VOXELS_IN_ONE_PROCESS else 1
@@ -55,7 +57,10 @@ def measure(
 
 
 def total(outcomes: Sequence[Outcome], labels: Mapping[str, int], *, seed: int = 0) -> dict[str, object]:
-    """Figures per class with intervals, `mean_dice` (mean over classes), and Dice by site where sites are known."""
+    """Figures per class with intervals, `mean_dice` (mean over classes), and Dice by site where sites are known.
+
+    Where a case does not annotate all labels, `annotated` has the number of cases measured that annotate each.
+    """
     measured = [outcome for outcome in outcomes if outcome.measured]
     patients = [outcome.case.patient_id for outcome in measured]
     classes = {
@@ -74,10 +79,19 @@ def total(outcomes: Sequence[Outcome], labels: Mapping[str, int], *, seed: int =
             f"dice_{label}": asdict(summarise([o.figures[f"dice_{label}"] for o in here], owners, seed=seed))
             for label in labels
         }
-    return {"classes": classes, "mean_dice": float(np.mean(means)) if means else math.nan, "sites": sites}
+    found = {"classes": classes, "mean_dice": float(np.mean(means)) if means else math.nan, "sites": sites}
+    if any(outcome.not_annotated for outcome in measured):
+        found["annotated"] = {label: sum(label not in o.not_annotated for o in measured) for label in labels}
+    return found
 
 
-_Job = tuple[Case, Path, Path, dict[str, int], float]
+_Job = tuple[Case, Path, Path, dict[str, int], tuple[str, ...], float]
+
+
+def _unknown(cohort: Cohort, case: Case, labels: Mapping[str, int]) -> tuple[str, ...]:
+    """The labels that the case does not annotate."""
+    known = cohort.annotated(case) if case.annotated else labels.values()
+    return tuple(name for name, value in labels.items() if value not in known)
 
 
 def _map(jobs: Sequence[_Job], workers: int) -> Iterator[Outcome]:
@@ -90,7 +104,7 @@ def _map(jobs: Sequence[_Job], workers: int) -> Iterator[Outcome]:
 
 
 def _compare(job: _Job) -> Outcome:
-    case, cohort_dir, predictions, labels, tolerance_mm = job
+    case, cohort_dir, predictions, labels, unknown, tolerance_mm = job
     mask_path = predictions / case.case_id / ("mask.png" if case.kind == "radiograph" else "mask.nii.gz")
     try:
         if not case.label:
@@ -102,9 +116,13 @@ def _compare(job: _Job) -> Outcome:
         return Outcome(case, reason=reason_of(error, cohort_dir, predictions))
     figures: dict[str, float] = {}
     for name, value in labels.items():
-        figures |= _figures(name, pred.array == value, ref.array == value, case, ref, tolerance_mm)
+        if name in unknown:
+            figures |= {f"{figure}_{name}": math.nan for figure in FIGURES}
+        else:
+            figures |= _figures(name, pred.array == value, ref.array == value, case, ref, tolerance_mm)
     dice = [figures[f"dice_{name}"] for name in labels if not math.isnan(figures[f"dice_{name}"])]
-    return Outcome(case, score=float(np.mean(dice)) if dice else 1.0, figures=figures, pred=mask_path)
+    score = float(np.mean(dice)) if dice else 1.0
+    return Outcome(case, score=score, figures=figures, pred=mask_path, not_annotated=unknown)
 
 
 def _figures(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg.confidence import compare, fit_expected_dice
+from medseg.confidence import Features, compare, fit_expected_dice
 from medseg.evaluate.earned import Pair
 from medseg.evaluate.outcomes import Outcome
 from medseg.files import UserError, read_json
@@ -52,7 +52,7 @@ def measure(outcomes: Sequence[Outcome], labels: Mapping[str, int]) -> dict[str,
 
     Returns:
         Per label with an expected Dice in some result: see `medseg.confidence.compare`, `coverage` of the interval,
-        and how `agreement` and `entropy` alone rank the cases (Spearman). Empty when the model is not calibrated.
+        and how each feature alone ranks the cases (Spearman). Empty when the model is not calibrated.
     """
     found = {}
     for label in labels:
@@ -68,7 +68,7 @@ def measure(outcomes: Sequence[Outcome], labels: Mapping[str, int]) -> dict[str,
         figures: dict[str, Any] = dict(compare([said["expected_dice"] for said, _ in rows], reached_dice))
         inside = [said["interval"][0] <= reached <= said["interval"][1] for said, reached in rows]
         figures["coverage"] = float(np.mean(inside))
-        for name, sign in (("agreement", 1), ("entropy", -1), ("soft_dice", 1)):
+        for name, sign in (("agreement", 1), ("entropy", -1), ("soft_dice", 1), ("mirrored", 1)):
             values = [math.nan if said.get(name) is None else sign * float(said[name]) for said, _ in rows]
             figures[f"spearman_{name}"] = compare(values, reached_dice).get("spearman", math.nan)
         found[label] = figures
@@ -96,17 +96,21 @@ def _range(volumes: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": min(volumes), "high": max(volumes), "mad_log": spread, "n": len(volumes)}
 
 
-def _features(by_fold: ByFold, label: str) -> tuple[list[tuple[float, float]], list[float], list[int]]:
-    x, y, groups = [], [], []
+def _features(by_fold: ByFold, label: str) -> tuple[list[tuple[float, ...]], list[float], list[int]]:
+    """What the Dice to expect is fitted on; the agreement with mirrored passes counts where every case has it."""
+    seen, y, groups = [], [], []
     for fold, outcomes in sorted(by_fold.items()):
         for outcome in outcomes:
             said = _said(outcome).get(label)
             dice = outcome.figures.get(f"dice_{label}", math.nan)
             if said and not math.isnan(dice):
-                x.append((float(said["soft_dice"]), float(said["entropy"])))
+                mirrored = said.get("mirrored")
+                known = math.nan if mirrored is None else float(mirrored)
+                seen.append(Features(float(said["soft_dice"]), float(said["entropy"]), mirrored=known))
                 y.append(dice)
                 groups.append(fold)
-    return x, y, groups
+    size = min((len(features.columns) for features in seen), default=0)
+    return [features.columns[:size] for features in seen], y, groups
 
 
 def _said(outcome: Outcome) -> Mapping[str, Any]:

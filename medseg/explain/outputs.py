@@ -18,10 +18,12 @@ MAPS = ("map.npy", "map.nii.gz")
 
 
 def restore_map(map_net: NDArray[np.float32], prepared: Prepared) -> NDArray[np.float32]:
-    """Bring a map from the network's grid to the scan's own, shape `prepared.native_shape`, linearly."""
+    """Bring a map from the network's grid to the scan's own, shape `prepared.native_shape`, linearly; 0 where the
+    network saw nothing."""
     native = Volume(np.empty(prepared.native_shape, dtype=np.uint8), prepared.native_affine)
     if map_net.ndim == 2:
         restored = resample(map_net, prepared.affine, native.array.shape, native.affine, order=1)
+        restored = prepared.onto_scan(restored[prepared.content])
     else:
         canonical = to_canonical(native)
         restored = resample(map_net, prepared.affine, canonical.array.shape, canonical.affine, order=1)

@@ -11,10 +11,10 @@ from typing import Any
 
 from medseg.cohort import Cohort
 from medseg.config import IngestConfig
-from medseg.files import UserError, sha256_file, sha256_files
+from medseg.files import UserError
 from medseg.images import read_image
 from medseg.ingest.scan import Refused, Source
-from medseg.ingest.sources import discover, read_source
+from medseg.ingest.sources import discover, hash_source, read_source
 from medseg.volume import Volume
 
 
@@ -87,8 +87,4 @@ class Scans:
 
     @cached_property
     def _by_digest(self) -> dict[str, Source]:
-        found = {}
-        for source in self._by_id.values():
-            one = len(source.files) == 1
-            found[sha256_file(source.files[0]) if one else sha256_files(source.files)] = source
-        return found
+        return {hash_source(source): source for source in self._by_id.values()}

@@ -70,7 +70,8 @@ def burned_in(data: Any) -> Iterator[Finding]:
     if str(data.get("BurnedInAnnotation") or "").strip().upper() == "YES":
         message = "The header declares burnt-in text, which may name the patient."
         yield Finding("burned_in_text", "warning", message)
-    if str(data.get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE) or data.get("ConversionType"):
+    kind = str(data.get("SOPClassUID") or "")
+    if kind == _SECONDARY_CAPTURE or kind.startswith(f"{_SECONDARY_CAPTURE}.") or data.get("ConversionType"):
         message = "The image is a secondary capture (a screen or a film): its pixels may show names."
         yield Finding("secondary_capture", "warning", message)
 
@@ -164,14 +165,20 @@ class Names:
             case_id=case_id,
             name=f"{case_id} ({source.source_kind})",
             patient_id=pseudonym(self.key, "patient", patient),
-            exam=self._exam(source.exam, patient),
+            exam=self.exam(source.exam, patient),
             match_names=(source.case_id, *source.match_names),
         )
 
-    def _exam(self, text: str, patient: str) -> str:
-        """A date shifted as the patient's others are; a number of order, months or days as it is; else a pseudonym."""
-        if re.fullmatch(r"\d{4}-?\d{2}-?\d{2}", text):
-            return shifted_date(text.replace("-", ""), self.key, patient) if self.dates == "shift" else ""
+    def exam(self, text: str, patient: str) -> str:
+        """What the cohort says of when an examination was.
+
+        With keyed names: a date shifted as the patient's others are; a number of order, months or days as it is; else
+        a pseudonym.
+        """
+        if not self.keyed:
+            return text
+        if day := re.match(r"(\d{4})-?(\d{2})-?(\d{2})(?![-\d])", text):
+            return shifted_date("".join(day.groups()), self.key, patient) if self.dates == "shift" else ""
         return text if re.fullmatch(r"[a-zA-Z]{0,3}\d{1,4}", text) else pseudonym(self.key, "exam", text)
 
     def site(self, name: str) -> str:

@@ -139,6 +139,8 @@ def _source(
         affine=affine,
         windowed=radiograph and config.radiograph_window == "voi",
         slices=() if radiograph else tuple((at[member.path], member.frame) for member in members),
+        plain=() if radiograph else tuple({member.path: member.plain for member in members}.values()),
+        study_date=first.study_date,
     )
 
 

@@ -12,18 +12,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from medseg.ingest import dicom_frames, dicom_mosaic
+from medseg.ingest import dicom_elements, dicom_frames, dicom_mosaic, dicom_plain
 from medseg.ingest.deidentify import known_modality
 from medseg.ingest.scan import Refused
 
 _HEADER_TAGS = [
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "InstitutionName", "Modality", "ImageType"),
-    *("StudyInstanceUID", "FrameOfReferenceUID"),
+    *("StudyInstanceUID", "FrameOfReferenceUID", "StudyDate"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "InstanceNumber", "SeriesDescription"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *dicom_frames.TRAIT_TAGS,
     *dicom_frames.MOSAIC_TAGS,
+    *dicom_plain.TAGS,
 ]
 UNKNOWN_MOSAIC = "The images are mosaics of slices; export the series as single slices."
 _DICOMDIR = "1.2.840.10008.1.3.10"
@@ -44,6 +45,7 @@ class Header:
     `frame` counts from 0 within the file. `planar` is False for multi-frame files that do not say, frame by frame,
     where each lies. `mosaic` says why the slices of a mosaic cannot be placed; it is empty otherwise, and the slices
     count as frames. `traits` are what may tell the volumes of one series apart, in the order of `dicom_frames.TRAITS`.
+    `plain` is what reading the pixels takes, where the header tells all of it.
     """
 
     path: Path = field(repr=False)
@@ -70,7 +72,9 @@ class Header:
     description: str = field(default="", repr=False)
     study_uid: str = field(default="", repr=False)
     frame_uid: str = field(default="", repr=False)
+    study_date: str = field(default="", repr=False)
     traits: tuple[str, ...] = field(default=(), repr=False)
+    plain: dicom_plain.Plain | None = field(default=None, repr=False)
 
 
 class _Bounded(io.RawIOBase):
@@ -154,22 +158,27 @@ def read_header(path: Path, root: Path) -> tuple[Header, ...] | None:
         Refused: it begins like DICOM and cannot be parsed, or lacks what names it.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(136)
+        with path.open("rb", buffering=0) as file:
+            start = file.read(dicom_elements.FIRST_BYTES)
+            size = os.fstat(file.fileno()).st_size
+            marked = start[128:132] == b"DICM"
+            walked = dicom_elements.walk(file, start, _header_tags()) if marked else None
     except OSError as error:
         raise Refused("unreadable", f"The file cannot be read ({error.strerror or 'I/O error'}).") from error
-    marked = start[128:132] == b"DICM"
+    except Exception as error:  # an unknown character set
+        raise Refused("unreadable_dicom", _damage(error)) from error
     if not marked and start[:2] not in (b"\x08\x00", b"\x02\x00"):  # files without the preamble begin with a tag
         return None
     if marked and start[132:136] in (b"", bytes(4)):  # read without end, element by element, if it is all zeros
         raise Refused("unreadable_dicom", "The DICOM file is damaged (no element follows its mark); export it again.")
-    data = read_dataset(path, stop_before_pixels=True, specific_tags=_header_tags())
+    data: Any = walked or read_dataset(path, stop_before_pixels=True, specific_tags=list(_header_tags()))
     try:
         sop_class = str(data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID") or "")
         if sop_class == _DICOMDIR or not (sop_class or marked):
             return None
-        _check_size(path, data)
-        return _headers(path, root, data, sop_class)
+        _check_size(size, data)
+        plain = dicom_plain.find_plain(data, walked.pixels, size) if walked and walked.pixels else None
+        return _headers(path, root, data, sop_class, plain)
     except Refused:
         raise
     except Exception as error:  # values are parsed when they are asked for, and may be anything
@@ -177,11 +186,11 @@ def read_header(path: Path, root: Path) -> tuple[Header, ...] | None:
 
 
 @cache
-def _header_tags() -> list[Any]:
+def _header_tags() -> frozenset[int]:
     """The tags as numbers: pydicom looks names up anew for every file."""
     from pydicom.tag import Tag
 
-    return [Tag(name) for name in _HEADER_TAGS]
+    return frozenset(Tag(name) for name in (*_HEADER_TAGS, "SpecificCharacterSet"))
 
 
 def read_headers(
@@ -198,6 +207,7 @@ def read_headers(
     headers: list[Header] = []
     damaged: list[tuple[Path, Path, Refused]] = []
     others: list[Path] = []
+    _header_tags()  # imports pydicom, which threads that begin at different parts of it would find half made
     with ThreadPoolExecutor(max_workers=8) as pool:
         for (path, root), result in zip(paths, pool.map(_attempt, paths), strict=True):
             if isinstance(result, Refused):
@@ -220,23 +230,23 @@ def _damage(error: Exception) -> str:
     return f"The DICOM file is damaged ({type(error).__name__}); export it again."
 
 
-def _check_size(path: Path, data: Any) -> None:
+def _check_size(size: int, data: Any) -> None:
     """Refuse files that would fill the memory: pixels without end, or junk behind an image."""
     values = [int(data.get(name) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
     declared = int(np.prod(values, dtype=object)) * max(int(data.get("BitsAllocated") or 8), 8) // 8
-    size = path.stat().st_size
     if declared > _MAX_PIXEL_BYTES or values[2] > _MAX_FRAMES:
         raise Refused("too_large", f"The file declares {declared / 1e9:.1f} GB of pixels in {values[2]} frames.")
     if "BitsAllocated" in data and size > 2 * declared + _MAX_EXTRA_BYTES:
         raise Refused("too_large", f"The file has {size / 1e6:.0f} MB for {declared / 1e6:.1f} MB of pixels.")
 
 
-def _headers(path: Path, root: Path, data: Any, sop_class: str) -> tuple[Header, ...]:
+def _headers(path: Path, root: Path, data: Any, sop_class: str, plain: dicom_plain.Plain | None) -> tuple[Header, ...]:
     whole = _header(path, root, data, sop_class)
     if dicom_mosaic.is_siemens(data) and whole.frames == 1:
         return _tiles(path, data, whole)
     if "PerFrameFunctionalGroupsSequence" not in data:
-        return (replace(whole, planar=whole.frames == 1, traits=dicom_frames.traits_of(data)),)
+        single = whole.frames == 1
+        return (replace(whole, planar=single, traits=dicom_frames.traits_of(data), plain=plain if single else None),)
     planes = dicom_frames.planes(data)
     if len(planes) != whole.frames:
         raise Refused("frame_count", f"The file declares {whole.frames} frames and describes {len(planes)}.")
@@ -301,4 +311,5 @@ def _header(path: Path, root: Path, data: Any, sop_class: str) -> Header:
         description=str(data.get("SeriesDescription") or ""),
         study_uid=str(data.get("StudyInstanceUID") or ""),
         frame_uid=str(data.get("FrameOfReferenceUID") or ""),
+        study_date=str(data.get("StudyDate") or ""),
     )

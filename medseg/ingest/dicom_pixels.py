@@ -1,19 +1,21 @@
 """Read the pixels of DICOM series whose headers `medseg.ingest.dicom` has checked."""
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Finding
+from medseg.ingest.deidentify import burned_in
 from medseg.ingest.dicom_codestream import check_frames
-from medseg.ingest.dicom_frames import frame_value
 from medseg.ingest.dicom_geometry import tilt_of, upright
 from medseg.ingest.dicom_headers import read_dataset
 from medseg.ingest.dicom_mosaic import is_siemens, tiles_of
+from medseg.ingest.dicom_values import clear_spare_bits, padding_mask, padding_range, rescale
 from medseg.ingest.scan import Refused, Source
 from medseg.volume import Volume
 
@@ -25,88 +27,124 @@ def read_series(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
 
     Returns:
         A volume of int16, uint16 or int32 where every rescaled value is an integer, else float32; its affine is
-        the source's, or where the gantry was tilted that of the upright grid. Findings: padding, and the tilt that was
-        removed.
+        the source's, or where the gantry was tilted that of the upright grid. Findings: text burnt in, padding, and the
+        tilt that was removed.
 
     Raises:
         Refused: a file's pixels are missing, cut short or cannot be decoded.
     """
     assert source.affine is not None
-    count, padding = len(source.slices), _Padding()
-    planes: NDArray[Any] = np.empty((0, 0, 0), np.int16)  # (slice, row, column): each slice is one run of memory
-    for k, part in _slices(source, padding):
-        dtype = part.dtype if part.dtype.kind == "f" else _narrowest(part)
-        if planes.size == 0:
-            planes = np.empty((count, *part.shape), dtype)
-        if part.shape != planes.shape[1:]:
-            raise Refused("mixed_size", "Decoded slices differ in rows and columns.")
-        if (wider := _common(planes.dtype, dtype)) != planes.dtype:
-            planes = planes.astype(wider)
-        planes[k] = part
-    if planes.dtype == np.int32:  # int16 slices among uint16 ones
-        planes = planes.astype(_narrowest(planes), copy=False)
-    volume = Volume(planes.transpose(2, 1, 0), source.affine)
+    count, noticed = len(source.slices), _Noticed()
+    stack = _Stack(count)
+    for part in _slices(source, noticed):
+        plane = stack.put(part)
+        noticed.add_padding(padding_mask(part.stored, part.padding), plane)
+    volume = Volume(stack.narrowed().transpose(2, 1, 0), source.affine)
     tilt_deg = tilt_of(source.affine, count)
-    findings = padding.findings(volume.array)
+    findings = (*noticed.burnt_in(len(source.files)), *noticed.padding(volume.array))
     if not tilt_deg:
         return volume, findings
     message = f"Gantry tilt of {tilt_deg:.2f} degrees was removed: each slice was shifted within its plane."
     findings += (Finding("gantry_tilt", "info", message, tilt_deg),)
-    return upright(volume, float(planes.min())), findings
+    return upright(volume, float(volume.array.min())), findings
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One slice: its place along k, its stored pixels (row, column), and what they mean."""
+
+    k: int
+    stored: NDArray[Any]
+    slope: float
+    intercept: float
+    padding: tuple[int, int] | None = None
 
 
 @dataclass
-class _Padding:
-    """How many voxels of a series are padding, and their rescaled values."""
+class _Stack:
+    """The slices of a series as they come, in the narrowest type that holds them all.
 
-    count: int = 0
+    Attributes:
+        planes: (slice, row, column), so that each slice is one run of memory.
+    """
+
+    count: int
+    planes: NDArray[Any] = field(default_factory=lambda: np.empty((0, 0, 0), np.int16))
+
+    def put(self, part: _Slice) -> NDArray[Any]:
+        """Take in one slice; its modality values, (row, column)."""
+        dtype = _rescaled_type(part)
+        if self.planes.size == 0:
+            self.planes = np.empty((self.count, *part.stored.shape), dtype)
+        if part.stored.shape != self.planes.shape[1:]:
+            raise Refused("mixed_size", "Decoded slices differ in rows and columns.")
+        if (wider := _common(self.planes.dtype, dtype)) != self.planes.dtype:
+            self.planes = self.planes.astype(wider)
+        plane: NDArray[Any] = self.planes[part.k]
+        _rescale_into(plane, part)
+        return plane
+
+    def narrowed(self) -> NDArray[Any]:
+        """All planes; int16 slices among uint16 ones may have asked for more than they need together."""
+        if self.planes.dtype != np.int32:
+            return self.planes
+        return self.planes.astype(_narrowest(int(self.planes.min()), int(self.planes.max())), copy=False)
+
+
+@dataclass
+class _Noticed:
+    """What the files of a series show or say besides their voxels.
+
+    Attributes:
+        padded: how many voxels are padding.
+        values: their rescaled values.
+        declared: findings about text burnt into the pixels, and how many files have each.
+    """
+
+    padded: int = 0
     values: set[float] = field(default_factory=set)
+    declared: Counter[Finding] = field(default_factory=Counter)
 
-    def add(self, mask: NDArray[np.bool_] | None, part: NDArray[Any]) -> None:
+    def add_padding(self, mask: NDArray[np.bool_] | None, part: NDArray[Any]) -> None:
         """Count one slice with its mask and rescaled values."""
         if mask is not None and mask.any():
-            self.count += int(mask.sum())
-            self.values |= {float(part[mask].min()), float(part[mask].max())}
+            values = part[mask]
+            self.padded += values.size
+            self.values |= {float(values.min()), float(values.max())}
 
-    def findings(self, array: NDArray[Any]) -> tuple[Finding, ...]:
+    def burnt_in(self, files: int) -> Iterator[Finding]:
+        """Says in how many of the files the pixels may show names."""
+        for finding, count in self.declared.items():
+            yield replace(finding, message=f"{finding.message} ({count} of {files} files.)", number=count)
+
+    def padding(self, array: NDArray[Any]) -> tuple[Finding, ...]:
         """Says that there is padding: voxels outside the field of view, which are kept as they are."""
-        if not self.count:
+        if not self.padded:
             return ()
-        share, low, high = self.count / array.size, min(self.values), max(self.values)
+        share, low, high = self.padded / array.size, min(self.values), max(self.values)
         span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        bright = low > float(np.median(array))
+        bright = _above_median(low, array)
         message = f"{share:.1%} of the voxels are padding outside the field of view, with the value {span}"
         message += ", brighter than most of the image; crop it." if bright else "; they are kept as they are."
         return (Finding("padding", "warning" if bright else "info", message, round(share, 4)),)
 
 
-def padding_mask(data: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """The pixels that Pixel Padding Value (and Range Limit) mark as outside the image; None when none is marked.
-
-    The value is that of the stored pixels; headers of implicit VR may give a negative one as its unsigned twin.
-    """
-    value = data.get("PixelPaddingValue")
-    if value is None:
-        return None
-    limit = data.get("PixelPaddingRangeLimit")
-    bits, signed = int(data.BitsAllocated), bool(data.PixelRepresentation)
-    ends = sorted(int(number) % (1 << bits) for number in (value, value if limit is None else limit))
-    if signed:
-        ends = sorted(number - (1 << bits) * (number >> (bits - 1)) for number in ends)
-    wide = stored.astype(np.int64)
-    return np.asarray((wide >= ends[0]) & (wide <= ends[1]))
-
-
-def _slices(source: Source, padding: _Padding) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Each slice as (k, modality values of (row, column)), file by file: one file is in memory at a time."""
+def _slices(source: Source, noticed: _Noticed) -> Iterator[_Slice]:
+    """The slices file by file: one file is in memory at a time."""
     wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for k, (file, frame) in enumerate(source.slices):
         wanted[file].append((frame, k))
     for file, frames in wanted.items():
+        plain = source.plain[file] if source.plain else None
+        if plain is not None and (stored := plain.read(source.files[file])) is not None:
+            noticed.declared.update(plain.burnt_in)
+            yield from (_Slice(k, stored, plain.slope, plain.intercept, plain.padding) for _, k in frames)
+            continue
         data = read_dataset(source.files[file])
+        noticed.declared.update(burned_in(data))
         if is_siemens(data):
-            tiles, rescale = tiles_of(data, stored_pixels(data)), _rescale(data, None)
-            yield from ((k, _rescaled(tiles[frame], *rescale)) for frame, k in frames)
+            tiles, scale = tiles_of(data, stored_pixels(data)), rescale(data, None)
+            yield from (_Slice(k, tiles[frame], *scale) for frame, k in frames)
             continue
         numbers = [frame for frame, _ in frames]
         grouped = "PerFrameFunctionalGroupsSequence" in data
@@ -114,9 +152,7 @@ def _slices(source: Source, padding: _Padding) -> Iterator[tuple[int, NDArray[An
             if stored.shape != (data.Rows, data.Columns):
                 reason = f"A slice decodes to shape {stored.shape}, which the header does not say."
                 raise Refused("unreadable_pixels", reason)
-            part = _rescaled(stored, *_rescale(data, frame if grouped else None))
-            padding.add(padding_mask(data, stored), part)
-            yield k, part
+            yield _Slice(k, stored, *rescale(data, frame if grouped else None), padding_range(data))
 
 
 def _frames(data: Any, numbers: list[int]) -> Iterator[NDArray[Any]]:
@@ -142,22 +178,6 @@ def _check_codestreams(data: Any) -> None:
         raise Refused(
             "unreadable_pixels", f"The pixels of a file cannot be found ({name}); export it again."
         ) from error
-
-
-def _rescale(data: Any, frame: int | None) -> tuple[float, float]:
-    """Slope and intercept of a single-frame file, or of one frame."""
-    if "ModalityLUTSequence" in data:
-        raise Refused("modality_lut", "A slice is rescaled by a look-up table, which is not supported.")
-    if frame is None:
-        return rescale_slope(data), float(data.get("RescaleIntercept", 0) or 0)
-    found = [
-        frame_value(data, frame, "PixelValueTransformationSequence", name)
-        for name in ("RescaleSlope", "RescaleIntercept")
-    ]
-    slope, intercept = float(1 if found[0] is None else found[0]), float(found[1] or 0)
-    if slope == 0 or not np.isfinite(slope):
-        raise Refused("bad_rescale", f"Rescale Slope {slope:g} would make every pixel the same.")
-    return slope, intercept
 
 
 def stored_pixels(data: Any, decode: Callable[[], NDArray[Any]] | None = None) -> NDArray[Any]:
@@ -186,10 +206,7 @@ def stored_pixels(data: Any, decode: Callable[[], NDArray[Any]] | None = None) -
             "unreadable_pixels",
             f"The pixels of a slice are cut short or cannot be decoded ({reason}); export it again.",
         ) from error
-    spare = array.dtype.itemsize * 8 - stored
-    if array.dtype.kind in "iu" and spare > 0 and allocated == array.dtype.itemsize * 8:
-        array = (array << spare) >> spare
-    return array
+    return clear_spare_bits(array, allocated, stored)
 
 
 def _plain_pixels(data: Any) -> NDArray[Any] | None:
@@ -210,33 +227,42 @@ def _plain_pixels(data: Any) -> NDArray[Any] | None:
     return np.frombuffer(content, kind, rows * columns).reshape(rows, columns)
 
 
-def rescale_slope(data: Any) -> float:
-    """Rescale Slope, 1 when it is not given. Raises Refused when it would make every pixel the same."""
-    slope = float(data.get("RescaleSlope", 1) or 0)
-    if slope == 0 or not np.isfinite(slope):
-        raise Refused("bad_rescale", f"Rescale Slope {slope:g} would make every pixel the same.")
-    return slope
+def _rescaled_type(part: _Slice) -> np.dtype[Any]:
+    """The narrowest of the types that `read_series` names for the modality values of one slice."""
+    whole = part.slope.is_integer() and part.intercept.is_integer()
+    if not whole or part.stored.dtype.kind not in "iu":
+        return np.dtype(np.float32)
+    slope, intercept, ends = int(part.slope), int(part.intercept), (int(part.stored.min()), int(part.stored.max()))
+    if (slope, intercept) != (1, 0) and max(map(abs, ends)) * abs(slope) + abs(intercept) >= 2**31:
+        return np.dtype(np.float32)
+    return _narrowest(*sorted(value * slope + intercept for value in ends))
 
 
-def _rescaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
-    """Modality values of one slice, (row, column): integers when slope and intercept are whole, else float32."""
-    if not np.isfinite(intercept):
-        raise Refused("bad_rescale", f"Rescale Intercept {intercept:g} is no number.")
-    if slope.is_integer() and intercept.is_integer() and stored.dtype.kind in "iu":
-        if (slope, intercept) == (1, 0):
-            return stored
-        largest = max(abs(int(stored.min())), abs(int(stored.max()))) * abs(slope) + abs(intercept)
-        if largest < 2**31:
-            return stored.astype(np.int32) * np.int32(slope) + np.int32(intercept)
-    return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+def _rescale_into(plane: NDArray[Any], part: _Slice) -> None:
+    """Modality values of one slice, (row, column). Integers may wrap around on the way, since the values fit."""
+    if plane.dtype.kind == "f":
+        plane[:] = part.stored.astype(np.float64) * part.slope + part.intercept
+        return
+    slope, intercept = (np.array(int(number)).astype(plane.dtype) for number in (part.slope, part.intercept))
+    if slope == 1:
+        np.add(part.stored, intercept, out=plane, dtype=plane.dtype, casting="unsafe")
+        return
+    np.multiply(part.stored, slope, out=plane, dtype=plane.dtype, casting="unsafe")
+    plane += intercept
 
 
-def _narrowest(part: NDArray[Any]) -> np.dtype[Any]:
-    low, high = int(part.min()), int(part.max())
+def _narrowest(low: int, high: int) -> np.dtype[Any]:
     for dtype in (np.int16, np.uint16, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return np.dtype(dtype)
     return np.dtype(np.float32)
+
+
+def _above_median(value: float, array: NDArray[Any]) -> bool:
+    """Whether `value` is above the median, which counting tells unless it falls between the two middle values."""
+    limit = math.ceil(value) if array.dtype.kind in "iu" else value  # no float copy of integers
+    below = int(np.count_nonzero(array < limit))
+    return below > array.size // 2 if abs(2 * below - array.size) > 1 else value > float(np.median(array))
 
 
 def _common(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from medseg.cohort import Finding
 from medseg.ingest.deidentify import burned_in
 from medseg.ingest.dicom_headers import read_dataset
-from medseg.ingest.dicom_pixels import padding_mask, rescale_slope, stored_pixels
+from medseg.ingest.dicom_pixels import stored_pixels
+from medseg.ingest.dicom_values import padding_mask, padding_range, rescale_slope
 from medseg.ingest.radiograph import check_view
 from medseg.ingest.scan import Refused, Source
 from medseg.volume import Volume
@@ -42,7 +43,7 @@ def read_radiograph(source: Source) -> tuple[Volume, tuple[Finding, ...]]:
     if stored.ndim != 2 or bits > 16:
         raise Refused("not_grey", f"Pixels of shape {stored.shape} with {bits} bits are no grey radiograph.")
     array = _windowed(data, stored) if source.windowed and _has_window(data) else _all_levels(data, stored, bits)
-    padding = padding_mask(data, stored)
+    padding = padding_mask(stored, padding_range(data))
     if padding is not None:
         array[padding] = 0
     spacing_mm, findings = _spacing(data)

@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case, Finding
-from medseg.volume import Volume, to_canonical
+from medseg.volume import Volume, sampled, to_canonical
 
 MAX_DIFFERENT_SHARE = 0.10
 """Share of differing bits up to which two images count as near-duplicates; distinct patients lie above 0.15."""
@@ -54,13 +55,8 @@ class Fingerprint:
 def fingerprint(image: Volume) -> Fingerprint:
     """The fingerprint of a (i, j, k) volume or a (row, column) radiograph with finite values."""
     array = to_canonical(image).array if image.array.ndim == 3 else image.array
-    whole = array.dtype.kind in "iub"
-    values = np.ascontiguousarray(array, dtype="<i4" if whole else "<f4")
-    exact = hashlib.sha256(f"{array.shape}".encode() + values.tobytes()).hexdigest()
-    step = max(1, array.size // 200_000)
-    sampled = array.reshape(-1)[::step].astype(np.float64)
-    percentiles = tuple(float(f"{v:.6g}") for v in np.percentile(sampled, range(0, 101, 5)))
-    return Fingerprint(exact, _perceptual(array), percentiles)
+    percentiles = np.percentile(sampled(array, 200_000).astype(np.float64), range(0, 101, 5))
+    return Fingerprint(_exact(array), _perceptual(array), tuple(float(f"{value:.6g}") for value in percentiles))
 
 
 def find(cases: Sequence[Case], prints: Mapping[str, Fingerprint]) -> tuple[Case, ...]:
@@ -142,18 +138,34 @@ def _near(cases: Sequence[Case], prints: Mapping[str, Fingerprint]) -> Iterator[
                     yield members[start + i], members[start + j], float(different[i, j]) / (digits * 4)
 
 
+def _exact(array: NDArray[Any]) -> str:
+    """Slice by slice, so that no copy of the whole is made: volumes lie in memory so."""
+    digest = hashlib.sha256(f"{array.shape}".encode())
+    for plane in array.T if array.ndim == 3 else [array]:
+        digest.update(np.ascontiguousarray(plane, dtype="<i4" if array.dtype.kind in "iub" else "<f4").data)
+    return digest.hexdigest()
+
+
 def _perceptual(array: NDArray[Any]) -> str:
     side, kept = _SIDE[array.ndim], _KEPT[array.ndim]
-    small = array.astype(np.float32)
-    for axis in range(array.ndim):  # each axis goes last to first, and so all return to their places
-        small = np.tensordot(small, _means(array.shape[axis], side), axes=(0, 1))
+    small = _shrunk(array, side)
     if np.ptp(small) == 0:
         return ""
     low = small.astype(np.float64)
-    for _ in range(array.ndim):
+    for _ in range(array.ndim):  # each axis goes last to first, and so all return to their places
         low = np.tensordot(low, _cosines(side, kept), axes=(0, 1))
     low = low.reshape(-1)[1:]  # without the mean
     return np.packbits(low > 0).tobytes().hex()
+
+
+def _shrunk(array: NDArray[Any], side: int) -> NDArray[np.float32]:
+    """The means of `side` equal shares of each axis; of a volume one slice at a time, as they lie in memory."""
+    if array.ndim == 2:
+        rows, columns = (_means(length, side) for length in array.shape)
+        return np.asarray(rows @ array.astype(np.float32) @ columns.T)
+    slowest = int(np.argmax(np.abs(array.strides)))
+    planes = np.stack([_shrunk(plane, side) for plane in np.moveaxis(array, slowest, 0)])
+    return np.moveaxis(np.tensordot(_means(len(planes), side), planes, axes=1), 0, slowest)
 
 
 def _cosines(length: int, count: int) -> NDArray[np.float64]:
@@ -161,6 +173,7 @@ def _cosines(length: int, count: int) -> NDArray[np.float64]:
     return np.cos(np.pi * np.arange(count)[:, None] * (np.arange(length) + 0.5) / length)
 
 
+@lru_cache(maxsize=8)
 def _means(length: int, count: int) -> NDArray[np.float32]:
     """(count, length): each row averages its share of an axis, pixels on its edges in part."""
     edges = np.linspace(0, length, count + 1)

@@ -131,6 +131,22 @@ def guess_task(
     return TaskConfig(kind=kind, labels=names, channels=channels, spatial_dims=2 if flat else 3)
 
 
+def check_declared(found: Sequence[Source], task: TaskConfig, config: IngestConfig) -> None:
+    """Hold the task against what the data sets that the scans belong to declare themselves.
+
+    Raises:
+        UserError: a `dataset.json` gives a label of the task another value.
+    """
+    for folder in sorted({source.label_dir.parent for source in found if source.label_dir}):
+        for name, value in _slugs(_declared(folder / "dataset.json")).items():
+            value = config.label_values.get(value, value)
+            if task.kind == "segmentation" and task.labels.get(name, value) != value:
+                raise UserError(
+                    f"task.labels gives {name!r} the value {task.labels[name]}, but {folder / 'dataset.json'} gives it "
+                    f"{value}; correct task.labels."
+                )
+
+
 def _config(tree: Mapping[str, Any], task: Mapping[str, Any]) -> Config:
     """A whole config around a task. Ingest uses no network; one that fits the task makes the tree valid."""
     classifier = task.get("kind") == "classification"

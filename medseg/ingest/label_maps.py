@@ -13,6 +13,7 @@ from medseg.config import IngestConfig, TaskConfig
 from medseg.ingest.nifti import grid_offset_mm, grid_tolerance_mm, read_channels
 from medseg.ingest.radiograph import read_picture
 from medseg.ingest.scan import Refused, stem_of
+from medseg.label_sets import read_set, write_set
 from medseg.volume import Volume, from_canonical, to_canonical
 
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".png")
@@ -53,6 +54,38 @@ def read_label(path: Path, image: Volume, task: TaskConfig, config: IngestConfig
     return Volume(np.ascontiguousarray(array, dtype=dtype), image.affine), tuple(findings)
 
 
+def annotated(path: Path, label: Volume, listed: str, task: TaskConfig, config: IngestConfig) -> str:
+    """The structures of which a label tells, as `Case.annotated` has them.
+
+    Args:
+        path, label: where it was read from, and what was read.
+        listed: the structures as somebody listed them, which counts before `config.label_missing`; empty when nobody
+            did.
+
+    Raises:
+        Refused: the list names no structure of the task, or lacks one that the label holds; or there is none.
+    """
+    if task.kind != "segmentation" or (not listed and config.label_missing == "absent"):
+        return ""
+    values = set(np.unique(label.array).tolist())
+    held = {name for name, value in task.labels.items() if value in values}
+    if listed:
+        names = set(read_set(listed))
+        if wrong := sorted(names - task.labels.keys()):
+            known = ", ".join(task.labels)
+            reason = f"Its list of annotated structures names {wrong[0]!r}, which is not in task.labels ({known})."
+            raise Refused("unknown_label", reason)
+        if wrong := sorted(held - names):
+            reason = f"Its label holds {wrong[0]!r}, which its list of annotated structures lacks; correct one of them."
+            raise Refused("label_not_listed", reason)
+    else:
+        one_file_each = config.label_files == "one_per_label"
+        names = held | (label_files(path).keys() & task.labels.keys() if one_file_each else set())
+    if not names:
+        raise Refused("nothing_annotated", "None of its structures is contoured; contour some, or leave it out.")
+    return "" if len(names) == len(task.labels) else write_set(names, task.labels)
+
+
 def label_values(path: Path, config: IngestConfig) -> set[int]:
     """The values of a label map, 0 to 65535, as `config.label_values` has them. Raises Refused as `read_label` does."""
     found = np.unique(_whole_numbers(_read(path).array))
@@ -75,16 +108,19 @@ def label_inputs(path: Path, task: TaskConfig, config: IngestConfig) -> list[Pat
 def _combined(path: Path, image: Volume, task: TaskConfig, config: IngestConfig) -> tuple[NDArray[Any], int]:
     """One label map of the masks of all structures; and how many voxels more than one of them claims."""
     files = label_files(path)
-    if missing := [name for name in task.labels if name not in files]:
+    missing = [name for name in task.labels if name not in files]
+    if missing and config.label_missing == "absent":
         raise Refused(
             "label_incomplete",
             f"It has no mask of {', '.join(missing[:_SHOWN_VALUES])} ({len(missing)} of {len(task.labels)} missing); "
-            "add an empty mask where a structure is absent, or leave it out of task.labels.",
+            "add an empty mask where a structure is absent, leave it out of task.labels, or set ingest.label_missing.",
         )
     top = max(task.labels.values())
     array = np.zeros(image.array.shape, dtype=np.uint8 if top <= 255 else np.uint16)
     twice = np.zeros(image.array.shape, dtype=np.bool_)
     for name, value in sorted(task.labels.items(), key=lambda item: item[1]):
+        if name in missing:
+            continue
         mask = _values(_on_grid(_read(files[name]), image, config), config) > 0
         twice |= mask & (array > 0)
         array[mask] = value

@@ -24,13 +24,18 @@ _NOT_GIVEN = "no_label"
 
 @dataclass(frozen=True)
 class Truth:
-    """What the labels say about one case; empty where they say nothing. The label may be a folder of masks."""
+    """What the labels say about one case; empty where they say nothing. The label may be a folder of masks.
+
+    `annotated`: the structures of which the label tells, as `label_sets` writes them.
+    """
 
     label: Path | None = field(default=None, repr=False)
     target: str = ""
     patient: str = field(default="", repr=False)
     site: str = ""
     split: str = ""
+    exam: str = field(default="", repr=False)
+    annotated: str = ""
 
 
 Matched = tuple[list[tuple[Source, Truth]], list[Reject]]
@@ -227,6 +232,8 @@ def _truth(
         patient=cells.get("patient", ""),
         site=cells.get("site", ""),
         split=split,
+        exam=cells.get("exam", ""),
+        annotated=write_set(read_set(cells["annotated"]), task.labels) if cells.get("annotated") else "",
     )
 
 

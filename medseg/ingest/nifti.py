@@ -33,6 +33,24 @@ def read_channels(paths: tuple[Any, ...]) -> tuple[tuple[Volume, ...], tuple[Fin
     return tuple(channels), tuple(findings)
 
 
+def as_meant(
+    channels: Sequence[Volume], findings: Sequence[Finding], offset_hu: float, orientation: str
+) -> tuple[tuple[Volume, ...], tuple[Finding, ...]]:
+    """What was read, with what its files do not say of themselves.
+
+    Args:
+        offset_hu: added to every voxel.
+        orientation: to where each axis points, such as `LPI`; the spacing stays, the first voxel lies at 0. Empty keeps
+            the affine of the header.
+    """
+    if orientation:
+        findings = [finding for finding in findings if finding.code != "no_orientation"]
+        channels = [Volume(channel.array, _axes_to(orientation, channel.spacing_mm)) for channel in channels]
+    if offset_hu:
+        channels = [Volume(_shifted(channel.array, offset_hu), channel.affine) for channel in channels]
+    return tuple(channels), tuple(findings)
+
+
 def check_one_grid(channels: Sequence[Volume]) -> None:
     """Raises Refused with the offset in mm when a channel does not lie on the grid of the first, voxel for voxel."""
     for number, channel in enumerate(channels[1:], start=2):
@@ -97,6 +115,25 @@ def _values(data: Any) -> NDArray[np.generic]:
         if array.dtype.kind in "bui" and np.can_cast(array.dtype, dtype):
             return np.asarray(array, dtype=dtype)
     return np.asarray(array, dtype=np.float32)
+
+
+def _shifted(array: NDArray[np.generic], offset: float) -> NDArray[np.generic]:
+    """The sum, in the smallest integer type that holds it, else float32."""
+    if array.dtype.kind == "f" or offset % 1:
+        return np.asarray(array, dtype=np.float32) + np.float32(offset)
+    shifted = array.astype(np.int64) + int(offset)
+    low, high = shifted.min(), shifted.max()
+    fitting = (dtype for dtype in _INTEGERS if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max)
+    return shifted.astype(next(fitting, np.float32))
+
+
+def _axes_to(codes: str, spacing_mm: Sequence[float]) -> Affine:
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, (code, step) in enumerate(zip(codes, spacing_mm, strict=True)):
+        world = next(number for number, pair in enumerate(("RL", "AP", "SI")) if code in pair)
+        affine[world, axis] = step if code in "RAS" else -step
+    return affine
 
 
 def _check_affine(affine: Affine) -> None:

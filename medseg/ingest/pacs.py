@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from medseg.files import UserError, read_json
+from medseg.files import UserError
 from medseg.ingest.dicom_headers import read_dataset
 from medseg.ingest.download import Patience
 from medseg.ingest.pacs_http import PATIENCE, SCHEMES, Connection, Interrupted, Server, parse_server
 from medseg.ingest.pseudonyms import pseudonym
 from medseg.ingest.scan import Refused
-from medseg.ledger import USABLE
 from medseg.progress import progress
 
 _WHO = ("PatientID", "PatientName", "StudyInstanceUID", "StudyDate", "AccessionNumber")
@@ -221,13 +220,11 @@ def fetch(url: str, spool: Path, key: bytes, patience: Patience = PATIENCE) -> P
 
 
 def results_of(out: Path) -> list[Path]:
-    """The DICOM objects that predict wrote for the finished cases in `out`: masks, reports, maps."""
-    return [
-        path
-        for result in sorted(out.glob("*/result.json"))
-        if read_json(result)["status"] in USABLE
-        for path in sorted(result.parent.rglob("*.dcm"))
-    ]
+    """The DICOM objects that predict wrote for the finished cases in `out`: masks, reports, maps.
+
+    A radiograph that was rejected has one too where a classifier says why it gives no verdict; a failed case has none.
+    """
+    return [path for result in sorted(out.glob("*/result.json")) for path in sorted(result.parent.rglob("*.dcm"))]
 
 
 def series_of(file: Path) -> tuple[str, str]:

@@ -65,7 +65,11 @@ def plain_sources(files: list[File], config: IngestConfig) -> Iterator[Source | 
         cases.setdefault((file.root, case) if case else (file.path.parent, stem), []).append(file)
     for case_id, ((folder, stem), members) in zip(_case_ids(cases), cases.items(), strict=True):
         source = _source(case_id, stem, members, labels.get((folder, stem)))
-        yield replace(source, label_path=members[0].label_path(config))
+        source = replace(source, label_path=members[0].label_path(config))
+        if source.kind == "volume":
+            modality = config.modality[0] if len(config.modality) == 1 else ""
+            source = replace(source, modality=modality, offset_hu=config.offset_hu, orientation=config.orientation)
+        yield source
 
 
 def _source(case_id: str, stem: str, members: list[File], label: Path | None) -> Source:

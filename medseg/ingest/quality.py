@@ -13,7 +13,7 @@ from medseg.cohort import Finding
 from medseg.config import IngestConfig
 from medseg.ingest.frontal import check_frontal
 from medseg.ingest.scan import Refused, Scan
-from medseg.volume import Volume
+from medseg.volume import Volume, sampled
 
 MIN_AXIS_VOXELS = 8
 MIN_RADIOGRAPH_PIXELS = 64
@@ -31,7 +31,7 @@ def check(scan: Scan, config: IngestConfig | None = None) -> tuple[Finding, ...]
     """Everything found on a scan, the reader's findings first.
 
     Args:
-        config: `refuse` and `modality` count; by default those of an empty config.
+        config: `refuse` and `offset_hu` count; by default those of an empty config.
 
     Raises:
         Refused: non-finite values, a constant image, or a finding that `config.refuse` names.
@@ -40,9 +40,8 @@ def check(scan: Scan, config: IngestConfig | None = None) -> tuple[Finding, ...]
     findings = list(scan.findings)
     first = scan.channels[0]
     findings += _check_volume_grid(first) if scan.kind == "volume" else _check_radiograph_grid(first, findings)
-    assumed = config.modality[0] if len(config.modality) == 1 and scan.kind == "volume" else ""
     for channel in scan.channels:
-        findings += _check_values(channel.array, scan.modality or assumed)
+        findings += _check_values(channel.array, scan.modality, config.offset_hu)
     for finding in findings:
         if finding.severity == "error":
             raise Refused(finding.code, finding.message)
@@ -81,7 +80,7 @@ def _check_radiograph_grid(image: Volume, known: Sequence[Finding]) -> Iterator[
         yield from check_frontal(image.array)
 
 
-def _check_values(array: NDArray[np.generic], modality: str) -> Iterator[Finding]:
+def _check_values(array: NDArray[np.generic], modality: str, offset_hu: float) -> Iterator[Finding]:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
         message = f"{count} of {array.size} voxels are not finite numbers; export the image again."
@@ -92,30 +91,39 @@ def _check_values(array: NDArray[np.generic], modality: str) -> Iterator[Finding
         message = f"Every voxel has the value {low:g}; the image is empty."
         yield Finding("constant", "error", message, 0, 0)
         return
-    flat = array.reshape(-1)
-    levels = np.unique(flat[:: max(1, array.size // _SAMPLES)]).size
+    values = sampled(array, _SAMPLES)
+    levels = np.unique(values).size
     if levels < MIN_LEVELS:
         message = f"The image has only {levels} different values; is it a mask?"
         yield Finding("few_levels", "warning", message, levels, MIN_LEVELS)
     if modality == "CT":
-        yield from _check_hounsfield(flat, low, high)
+        yield from _check_hounsfield(values, low, high, offset_hu)
 
 
-def _check_hounsfield(flat: NDArray[np.generic], low: float, high: float) -> Iterator[Finding]:
-    """Hounsfield units: air -1000, fat -100, tissue 50. A crop without air is usual, an offset of 1024 is no crop."""
+def _check_hounsfield(values: NDArray[np.generic], low: float, high: float, offset_hu: float) -> Iterator[Finding]:
+    """Hounsfield units: air -1000, fat -100, tissue 50. A crop without air is usual, an offset of 1024 is no crop.
+
+    A file that is in Hounsfield units already must not take the config's offset as well: its tissue lies below air.
+    """
     if high - low < MIN_HU_RANGE:
         message = f"Values span {low:g} to {high:g}; Hounsfield units of a patient span more. Undo the normalisation."
         yield Finding("not_hounsfield", "warning", message, high - low, MIN_HU_RANGE)
         return
-    sampled = flat[:: max(1, flat.size // _SAMPLES)].astype(np.float64)
-    inside = sampled[sampled > low + 0.1 * (high - low)]
+    wide = values.astype(np.float64)
+    inside = wide[wide > low + 0.1 * (high - low)]
     middle = float(np.median(inside)) if inside.size else high
     if low > AIR_HU and middle > TISSUE_HU:
         message = (
             f"The lowest value is {low:g} and tissue lies at {middle:g}, but in Hounsfield units air is -1000 and "
-            "tissue 0 to 100; subtract the missing offset (1024 is usual)."
+            "tissue 0 to 100; set ingest.offset_hu (-1024 is usual), or subtract the offset from the file."
         )
         yield Finding("not_hounsfield", "warning", message, round(middle, 3), TISSUE_HU)
+    elif offset_hu and middle < AIR_HU:
+        message = (
+            f"With ingest.offset_hu {offset_hu:g} tissue lies at {middle:g}, where air is in Hounsfield units; this "
+            "file has no such offset, ingest it without."
+        )
+        yield Finding("not_hounsfield", "warning", message, round(middle, 3), AIR_HU)
     elif low > AIR_HU:
         message = f"The lowest value is {low:g}, but air is -1000 in Hounsfield units; is an offset missing?"
         yield Finding("no_air", "info", message, low, AIR_HU)

@@ -3,11 +3,14 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from medseg.cohort import Finding, Reject
 from medseg.files import UserError
 from medseg.volume import Affine, Volume
+
+if TYPE_CHECKING:
+    from medseg.ingest.dicom_plain import Plain
 
 Kind = Literal["volume", "radiograph"]
 SourceKind = Literal["dicom", "nifti", "png"]
@@ -45,12 +48,15 @@ class Source:
         affine: (4, 4) of a DICOM series, column, row and slice indices to RAS+ world mm; None for other kinds. It is
             sheared where the gantry was tilted.
         slices: (index in `files`, frame within that file) of each slice of a DICOM series along the k axis.
+        plain: for each of `files` what reading its pixels takes, where its header told all of it; else empty.
         windowed: a radiograph's VOI look-up table or window is to be applied.
+        offset_hu, orientation: of NIfTI files, as `IngestConfig` has them; 0 and empty leave them as they are.
         parts: the series of a case whose channels are series of their own, in order of `task.channels`; `files` then
             holds the files of all.
         label: the label map that lies beside the channels, where `ingest.label_name` picks it.
         label_path: `ingest.label_path` with the groups of this case's path filled in.
         exam: order or date of the examination among those of its patient, as the path says; may identify.
+        study_date: of a DICOM header (YYYYMMDD), not shifted: it may order a batch, and is written nowhere.
     """
 
     case_id: str
@@ -65,11 +71,15 @@ class Source:
     match_names: tuple[str, ...] = field(default=(), repr=False)
     affine: Affine | None = field(default=None, repr=False, compare=False)
     slices: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    plain: tuple["Plain | None", ...] = field(default=(), repr=False)
     windowed: bool = False
+    offset_hu: float = 0.0
+    orientation: str = ""
     parts: tuple["Source", ...] = field(default=(), repr=False)
     label: Path | None = field(default=None, repr=False)
     label_path: str = field(default="", repr=False)
     exam: str = field(default="", repr=False)
+    study_date: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from medseg.cohort import Finding, Reject
@@ -27,6 +28,7 @@ from medseg.ingest import (
     nifti,
     radiograph,
 )
+from medseg.ingest.bids import bids_files
 from medseg.ingest.plain_files import NIFTI, PICTURE, File, name_of, plain_sources
 from medseg.ingest.scan import Refused, Scan, Source
 from medseg.volume import Volume
@@ -70,7 +72,7 @@ def discover(
         if not found and not rejects:
             raise UserError(f"{source} is empty; give a folder, file or archive with DICOM, NIfTI, PNG or JPEG.")
         files += found
-    files = list({file.path.resolve(): file for file in files}.values())
+    files = _without_twins(files)
     if config.image_path:
         files = _chosen(files, config.image_path)
     found_sources, refused, passed_over = _recognise(files, config, key, {} if places is None else places)
@@ -83,14 +85,17 @@ def discover(
     return sorted(found_sources, key=lambda s: s.case_id), rejects
 
 
-def read_source(source: Source) -> Scan:
+def read_source(source: Source, sha256: str = "") -> Scan:
     """Read the pixels of a source.
+
+    Args:
+        sha256: what `hash_source` gave, where that is known already.
 
     Raises:
         Refused: they are damaged, or no grid of grey values; carries code and sentence.
     """
     with ThreadPoolExecutor(1) as beside:  # hashing and decoding leave the interpreter to each other
-        hashing = beside.submit(_digest, source)
+        hashing = None if sha256 else beside.submit(hash_source, source)
         try:
             channels, findings = _read_channels(source)
         except Refused:
@@ -98,7 +103,6 @@ def read_source(source: Source) -> Scan:
         except Exception as error:  # values of damaged headers are parsed where they are used, and may be anything
             name = type(error).__name__
             raise Refused("unreadable", f"The file is damaged ({name}); copy or export it again.") from error
-    digest = hashing.result()
     return Scan(
         case_id=source.case_id,
         patient_id=source.patient_id,
@@ -107,16 +111,25 @@ def read_source(source: Source) -> Scan:
         kind=source.kind,
         source_kind=source.source_kind,
         source_files=source.parts[0].files if source.parts else source.files,
-        source_sha256=digest,
+        source_sha256=hashing.result() if hashing else sha256,
         findings=findings,
     )
 
 
-def _digest(source: Source) -> str:
+def hash_source(source: Source) -> str:
+    """SHA-256 of the bytes of the file, or of the digests of several. Raises Refused when one cannot be read."""
     try:
         return sha256_file(source.files[0]) if len(source.files) == 1 else sha256_files(source.files)
     except OSError as error:
         raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
+
+
+def _without_twins(files: list[File]) -> list[File]:
+    """Of the files that several links or sources lead to, the last."""
+    folder = cache(Path.resolve)
+    paths = (file.path for file in files)
+    resolved = (path.resolve() if path.is_symlink() else folder(path.parent) / path.name for path in paths)
+    return list(dict(zip(resolved, files, strict=True)).values())
 
 
 def _existing(source: Path) -> Path:
@@ -217,21 +230,7 @@ def _layout_files(folder: Path, root: Path) -> list[File] | None:
             suffixed = about.is_file() and "channel_names" in (read_json(about) or {})
             paths = sorted(path for path in (folder / images).rglob("*") if path.is_file() and _wanted(path))
             return [File(path, root, folder / labels, suffixed) for path in paths]
-    subjects = sorted(path for path in folder.glob("sub-*") if path.is_dir())
-    found = [
-        File(path, root, patient=subject.name, exam=_session(path.relative_to(root)))
-        for subject in subjects
-        for pattern in ("anat/*_T1w.nii*", "ses-*/anat/*_T1w.nii*")
-        for path in sorted(subject.glob(pattern))
-        if _wanted(path)
-    ]
-    return found or None
-
-
-def _session(path: Path) -> str:
-    """The name of the BIDS session that a file belongs to, without `ses-`; empty where there is none."""
-    sessions = [part.removeprefix("ses-") for part in path.parts if part.startswith("ses-")]
-    return sessions[-1] if sessions else ""
+    return [file for file in bids_files(folder, root) if _wanted(file.path)] or None
 
 
 def _wanted(path: Path) -> bool:
@@ -301,7 +300,7 @@ def _read_channels(source: Source) -> tuple[tuple[Volume, ...], tuple[Finding, .
         nifti.check_one_grid(channels)
         return tuple(channels), tuple(finding for _, found in read for finding in found)
     if source.source_kind == "nifti":
-        return nifti.read_channels(source.files)
+        return nifti.as_meant(*nifti.read_channels(source.files), source.offset_hu, source.orientation)
     if source.source_kind == "png":
         image, findings = radiograph.read_picture(source.files[0])
     elif source.kind == "radiograph":

@@ -18,25 +18,29 @@ from pathlib import Path
 import medseg
 from medseg.cohort import Case, Cohort, Finding, Reject, assign_splits, check_cases, write_cohort
 from medseg.config import Config
-from medseg.files import UserError, dump_json, read_json, sha256_file, sha256_files, write_json, write_rows
+from medseg.exams import exam_days
+from medseg.files import UserError, dump_json, read_json, sha256_file, write_json, write_rows
 from medseg.images import write_nifti
 from medseg.ingest import deidentify, duplicates, quality
 from medseg.ingest.deidentify import Names
 from medseg.ingest.dicom_headers import read_dataset
 from medseg.ingest.duplicates import Fingerprint
-from medseg.ingest.guess import Draft
-from medseg.ingest.label_maps import label_inputs, read_label
+from medseg.ingest.guess import Draft, check_declared
+from medseg.ingest.label_maps import annotated, label_inputs, read_label
 from medseg.ingest.labels import Truth, match
 from medseg.ingest.pseudonyms import pseudonym, record_places
 from medseg.ingest.radiograph import write_radiograph_png
 from medseg.ingest.scan import Refused, Scan, Source, stem_of
-from medseg.ingest.sources import discover, read_source
+from medseg.ingest.sources import discover, hash_source, read_source
 from medseg.progress import progress
 from medseg.result import Result
 from medseg.volume import Volume, orientation_code
 
-RECORD_VERSION = 3
-_RULES = {"modality", "refuse", "dates", "label_threshold", "label_files", "label_values", "label_grid"}
+RECORD_VERSION = 4
+_RULES = {
+    *("modality", "refuse", "dates", "offset_hu", "orientation"),
+    *("label_threshold", "label_files", "label_values", "label_grid", "label_missing"),
+}
 _WORKERS = 4
 
 
@@ -78,6 +82,8 @@ def run(
         found = [names.source(source) for source in found]
         if isinstance(config, Draft):
             config = config.settle(found, labels)
+        elif labels is None:
+            check_declared(found, config.task, config.ingest)
         matched, unmatched = match(found, labels, config.ingest, config.task)
         rejects = [names.reject(reject) for reject in (*rejects, *unmatched)]
         if lookup is not None:
@@ -136,6 +142,7 @@ class _CaseMaker:
     names: Names
     resumed: list[str] = field(default_factory=list)
     prints: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
+    shifts: dict[str, str] = field(default_factory=dict, repr=False)
 
     def make_all(self, pairs: Sequence[tuple[Source, Truth]]) -> tuple[list[Case], list[Reject]]:
         """Case or reject of every source. A UserError (disk full) or Ctrl-C stops the rest."""
@@ -154,7 +161,9 @@ class _CaseMaker:
                     shown.advance()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        return list(duplicates.find(sorted(cases, key=lambda case: case.case_id), self.prints)), rejects
+        days = exam_days(cases, self.config.ingest.exam_unit, self.shifts)
+        placed = [replace(case, exam_day=days.get(case.case_id)) for case in sorted(cases, key=lambda c: c.case_id)]
+        return list(duplicates.find(placed, self.prints)), rejects
 
     def about(self) -> dict[str, object]:
         """What `cohort.json` tells of de-identification, and the percentiles of every image for the cohort's page."""
@@ -167,32 +176,37 @@ class _CaseMaker:
     def make(self, source: Source, truth: Truth) -> Case | Reject:
         """Read, check and write one case, or take what an earlier ingest left."""
         try:
-            digest = self._inputs_digest(source, truth)
+            sha256 = hash_source(source)
+            digest = self._inputs_digest(source, sha256, truth)
             case = self._resume(source.case_id, digest)
             if case is None:
-                case = self._write(source, truth, digest)
+                case = self._write(source, sha256, truth, digest)
             else:
                 self.resumed.append(source.case_id)
         except Refused as error:
             return error.reject(source.name)
         patient = pseudonym(self.key, "patient", truth.patient) or source.patient_id or source.case_id
         site = self.names.site(truth.site) or source.site
-        exam = source.exam or case.exam  # else the date of a DICOM study, as the record has it
+        told = self.names.exam(truth.exam, truth.patient or source.patient_id)
+        exam = told or source.exam or case.exam  # else the date of a DICOM study, as the record has it
+        if self.names.keyed or source.source_kind == "dicom":
+            self.shifts[source.case_id] = (told and truth.patient) or source.patient_id or source.case_id
         return replace(case, patient_id=patient, site=site, exam=exam, split=truth.split, target=truth.target)
 
-    def _write(self, source: Source, truth: Truth, digest: str) -> Case:
-        scan = read_source(source)
+    def _write(self, source: Source, sha256: str, truth: Truth, digest: str) -> Case:
+        scan = read_source(source, sha256)
         self._check_task(scan)
         findings = quality.check(scan, self.config.ingest)
-        label = None
+        label, told = None, ""
         if truth.label is not None:
             label, found = read_label(truth.label, scan.channels[0], self.config.task, self.config.ingest)
+            told = annotated(truth.label, label, truth.annotated, self.config.task, self.config.ingest)
             findings += found
         (self.folder / "cohort.json").unlink(missing_ok=True)  # the tables no longer tell the truth
         self._record(source.case_id).unlink(missing_ok=True)
         images = self._write_images(scan)
         label_name = self._write_label(scan, label)
-        case = _case(scan, images, label_name, findings)
+        case = replace(_case(scan, images, label_name, findings), annotated=told)
         self.prints[case.case_id] = found_print = duplicates.fingerprint(scan.channels[0])
         record: dict[str, object] = {"version": RECORD_VERSION, "inputs": digest, "image": found_print.to_json()}
         if scan.source_kind == "dicom":
@@ -235,7 +249,7 @@ class _CaseMaker:
             write_radiograph_png(self.folder / name, label.array, None)
         return name
 
-    def _inputs_digest(self, source: Source, truth: Truth) -> str:
+    def _inputs_digest(self, source: Source, sha256: str, truth: Truth) -> str:
         """Hash of all that the written files follow from: the bytes of image and label, the settings."""
         settings = {
             "version": RECORD_VERSION,
@@ -243,10 +257,11 @@ class _CaseMaker:
             "modality": source.modality,
             "rules": self.config.ingest.model_dump(mode="json", include=_RULES),
             "windowed": source.windowed,
+            "annotated": truth.annotated,
         }
         try:
             masks = label_inputs(truth.label, self.config.task, self.config.ingest) if truth.label else []
-            inputs = [sha256_files(source.files), [[stem_of(mask), sha256_file(mask)] for mask in masks]]
+            inputs = [sha256, [[stem_of(mask), sha256_file(mask)] for mask in masks]]
         except OSError as error:
             raise Refused("unreadable", f"A file cannot be read ({error.strerror or 'I/O error'}).") from error
         text = dump_json([settings, inputs, [path.suffix for path in source.files[:1]]])

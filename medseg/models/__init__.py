@@ -18,6 +18,7 @@ from medseg.config import (
     MobileNetConfig,
     ModelConfig,
     NetworkConfig,
+    PriorUNetConfig,
     ResNetConfig,
     ReversibleUNetConfig,
     SegResNetConfig,
@@ -45,6 +46,7 @@ from medseg.models.classifiers import (
     build_squeezenet,
     build_vgg,
 )
+from medseg.models.prior_unet import build_prior_unet
 from medseg.models.reversible_unet import build_reversible_unet
 from medseg.models.two_stage import build_two_stage
 from medseg.models.unetpp import build_unetpp
@@ -60,6 +62,7 @@ MODELS: dict[str, tuple[type[NetworkConfig], Builder]] = {
     "mednext": (MedNeXtConfig, build_mednext),
     "unetpp": (UNetPPConfig, build_unetpp),
     "reversible_unet": (ReversibleUNetConfig, build_reversible_unet),
+    "prior_unet": (PriorUNetConfig, build_prior_unet),
     "densenet": (DenseNetConfig, build_densenet),
     "resnet": (ResNetConfig, build_resnet),
     "vgg": (VGGConfig, build_vgg),

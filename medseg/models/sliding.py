@@ -1,12 +1,14 @@
 """Where windows lie, how they are weighted, and what a network says about one; shared by validation and prediction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from monai.data.utils import compute_importance_map
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 @torch.inference_mode()
@@ -57,8 +59,7 @@ def averaged(nets: Sequence[nn.Module], mirror_axes: Sequence[int] = ()) -> Call
         A function window_BCDHW -> logits_BKDHW; it raises ValueError when a network returns anything else: a list of
         heads or a smaller map would be blended without a word.
     """
-    axes = sorted(set(mirror_axes))
-    flips = [[axis + 2 for axis in some] for count in range(len(axes) + 1) for some in combinations(axes, count)]
+    flips = mirrored_dims(mirror_axes)
 
     def logits_of(window: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -73,6 +74,12 @@ def averaged(nets: Sequence[nn.Module], mirror_axes: Sequence[int] = ()) -> Call
     return logits_of
 
 
+def mirrored_dims(mirror_axes: Sequence[int]) -> list[list[int]]:
+    """The dimensions of a window_BCDHW to flip, for each pass over it in order; of the first none."""
+    axes = sorted(set(mirror_axes))
+    return [[axis + 2 for axis in some] for count in range(len(axes) + 1) for some in combinations(axes, count)]
+
+
 def window_starts(size: int, patch: int, overlap: float) -> tuple[int, ...]:
     """First voxel of each window along one axis, as MONAI places them.
 
@@ -83,6 +90,60 @@ def window_starts(size: int, patch: int, overlap: float) -> tuple[int, ...]:
         return (-((patch - size) // 2),)
     stride = max(int(patch * (1 - overlap)), 1)
     return (*range(0, size - patch, stride), size - patch)
+
+
+def cut_window(image_CDHW: Tensor, starts: Sequence[int], patch_size: Sequence[int], device: torch.device) -> Tensor:
+    """The window whose first voxel is `starts`, as float32 on a device; what lies outside the image is 0."""
+    inside, padding = [slice(None)], list[int]()
+    for start, patch, size in zip(starts, patch_size, image_CDHW.shape[1:], strict=True):
+        inside.append(slice(max(start, 0), start + patch))
+        padding = [max(-start, 0), max(start + patch - size, 0), *padding]
+    window = image_CDHW[tuple(inside)].to(device, torch.float32)
+    return functional.pad(window, padding) if any(padding) else window
+
+
+@dataclass(frozen=True)
+class EvenWindows:
+    """Windows that need no look of their own: the network answers like to like.
+
+    Attributes:
+        values: index of each window (one number per axis) to the value of each channel.
+        air: how many of them are not even, but hold nothing above the limit of air, and are taken to be.
+    """
+
+    values: Mapping[tuple[int, ...], tuple[float, ...]]
+    air: int = 0
+
+
+def even_windows(
+    image_CDHW: Tensor,
+    starts: Sequence[Sequence[int]],
+    patch_size: Sequence[int],
+    air_below: float | None = None,
+) -> EvenWindows:
+    """Find windows of one value throughout in every channel, padding included.
+
+    Args:
+        starts: of the windows along each axis, see `window_starts`.
+        air_below: windows whose every voxel lies below it, in every channel, are taken to have the image's lowest value
+            throughout, which changes what the network says of them.
+    """
+    low, high = image_CDHW, image_CDHW
+    for axis, (firsts, patch) in enumerate(zip(starts, patch_size, strict=True), start=1):
+        size = image_CDHW.shape[axis]
+        ranges = [(max(first, 0), min(first + patch, size)) for first in firsts]
+        low = torch.stack([low.narrow(axis, a, b - a).amin(axis) for a, b in ranges], axis)
+        high = torch.stack([high.narrow(axis, a, b - a).amax(axis) for a, b in ranges], axis)
+        if size < patch:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+    even = (low == high).all(0)
+    values = {tuple(index): tuple(low[(slice(None), *index)].tolist()) for index in even.nonzero().tolist()}
+    if air_below is None:
+        return EvenWindows(values)
+    air = (high < air_below).all(0) & ~even
+    lowest = tuple(image_CDHW.flatten(1).amin(1).tolist())
+    found = {tuple(index): lowest for index in air.nonzero().tolist()}
+    return EvenWindows({**values, **found}, len(found))
 
 
 def window_weights(patch_size: Sequence[int], device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.bundle import Bundle
+from medseg.ingest.dicom import RADIOGRAPH_MODALITIES
 from medseg.ingest.dicom_derived import MAX_TEXT, SERIES_NUMBERS, algorithm, coded, maker, series_description, writing
 from medseg.ingest.dicom_write import derived_uid
 from medseg.predict.export_seg import segment_codes, tracking_uid
@@ -32,35 +33,60 @@ def write_sr(
     Raises:
         ValueError, AttributeError, …: whatever highdicom finds wrong with the headers of the source.
     """
-    import highdicom
-    from pydicom.sr.codedict import codes
-
-    identity = bundle.identity()
     with writing(path) as temporary:
         groups = [
             _group(name, value_ml, segmentation, sources[0], bundle, seed_uid) for name, value_ml in volumes_ml.items()
         ]
-        report = highdicom.sr.MeasurementReport(
-            observation_context=_observer(identity),
-            procedure_reported=_procedure(str(sources[0].get("Modality", ""))),
-            imaging_measurements=groups,
-            title=codes.DCM.ImagingMeasurementReport,
-        )
-        document = highdicom.sr.ComprehensiveSR(
-            evidence=[segmentation, *sources],
-            content=report,
-            series_instance_uid=derived_uid(f"{seed_uid}/sr/series"),
-            series_number=SERIES_NUMBERS["SR"],
-            sop_instance_uid=derived_uid(f"{seed_uid}/sr/instance"),
-            instance_number=1,
-            is_complete=True,
-            is_final=False,
-            is_verified=False,
-            series_description=series_description(identity, " volumes"),
-            **maker(identity),
-        )
-        document.save_as(temporary)
+        made = measurement_report(groups, sources, bundle, "volumes", seed_uid=seed_uid, evidence=[segmentation])
+        made.save_as(temporary)
     return path
+
+
+def measurement_report(
+    groups: Sequence[Any],
+    sources: Sequence[Any],
+    bundle: Bundle,
+    what: str,
+    *,
+    seed_uid: str,
+    evidence: Sequence[Any] = (),
+    coding_schemes: Sequence[Any] | None = None,
+) -> Any:
+    """The document around measurement groups: complete, not verified, in the study of its sources.
+
+    Args:
+        sources: headers from `read_source_headers`.
+        what: a word for the series list of a viewer.
+        evidence: other objects that the groups refer to.
+        coding_schemes: what identifies the private ones among the schemes of the groups' codes.
+
+    Returns:
+        A pydicom data set.
+    """
+    import highdicom
+    from pydicom.sr.codedict import codes
+
+    identity = bundle.identity()
+    report = highdicom.sr.MeasurementReport(
+        observation_context=_observer(identity),
+        procedure_reported=_procedure(str(sources[0].get("Modality", ""))),
+        imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    return highdicom.sr.ComprehensiveSR(
+        evidence=[*evidence, *sources],
+        content=report,
+        series_instance_uid=derived_uid(f"{seed_uid}/sr/series"),
+        series_number=SERIES_NUMBERS["SR"],
+        sop_instance_uid=derived_uid(f"{seed_uid}/sr/instance"),
+        instance_number=1,
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+        series_description=series_description(identity, f" {what}"),
+        coding_schemes=coding_schemes,
+        **maker(identity),
+    )
 
 
 def _group(name: str, value_ml: float, segmentation: Any, source: Any, bundle: Bundle, seed_uid: str) -> Any:
@@ -87,16 +113,17 @@ def _group(name: str, value_ml: float, segmentation: Any, source: Any, bundle: B
         finding_category=coded(given.category),
         finding_type=coded(given.type),
         finding_sites=[_site(given.type, given.modifier)] if given.modifier is not None else None,
-        algorithm_id=_algorithm(bundle.identity()),
+        algorithm_id=algorithm_item(bundle.identity()),
         measurements=[volume],
     )
 
 
-def _algorithm(identity: Mapping[str, str]) -> Any:
+def algorithm_item(identity: Mapping[str, str], **more: str) -> Any:
+    """The model as the content of a measurement group; `more` are parameters beside its hash and its run."""
     import highdicom
 
     known = algorithm(identity)
-    texts = [f"{name} = {value}" for name, value in known["parameters"].items()]
+    texts = [f"{name} = {value}" for name, value in {**known["parameters"], **more}.items()]
     return highdicom.sr.AlgorithmIdentification(name=known["name"], version=known["version"], parameters=texts)
 
 
@@ -128,6 +155,7 @@ def _procedure(modality: str) -> Any:
     from pydicom.sr.codedict import codes
 
     known = {
+        **dict.fromkeys(RADIOGRAPH_MODALITIES, codes.LN.XRUnspecifiedBodyRegion),
         "CT": codes.LN.CTUnspecifiedBodyRegion,
         "MR": codes.LN.MRIUnspecifiedBodyRegion,
         "PT": codes.LN.PETUnspecifiedBodyRegion,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from medseg.cohort import Finding
+from medseg.feature_distance import RATE
 from medseg.ingest.scan import Scan
 from medseg.plan import Plan
 from medseg.volume import Volume, closest_axes
@@ -34,6 +35,16 @@ def check_scan(scan: Scan, plan: Plan) -> Iterator[Finding]:
             message = f"A spacing of {own:.3g} mm is {ratio:.1f} times off the {trained:.3g} mm of the training data."
             yield Finding("other_spacing", "warning", message, round(ratio, 3), MAX_SPACING_RATIO)
             return
+
+
+def check_distance(distance: float | None, limit: float | None) -> Iterator[Finding]:
+    """A scan farther from the training cohort than new cases like it lie; see `medseg.feature_distance`."""
+    if distance is not None and limit is not None and distance > limit:
+        message = (
+            f"The scan is unlike the training cohort: in the network's features it lies {distance:.3g} away, beyond "
+            f"{limit:.3g}, which {1 - RATE:.0%} of new cases keep to."
+        )
+        yield Finding("unlike_training", "warning", message, round(distance, 4), round(limit, 4))
 
 
 def check_mask(mask: Volume, labels: Mapping[str, int]) -> Iterator[Finding]:

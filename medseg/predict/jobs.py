@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -12,12 +12,13 @@ from typing import TypeVar
 from medseg.bundle import Bundle
 from medseg.cohort import Case, Cohort, Reject
 from medseg.config import IngestConfig
+from medseg.exams import exam_days
 from medseg.files import sha256_file, sha256_files
 from medseg.images import read_image
 from medseg.ingest import quality
 from medseg.ingest.deidentify import Names
 from medseg.ingest.pseudonyms import load_key, record_places
-from medseg.ingest.scan import Refused, Scan, Source, SourceKind
+from medseg.ingest.scan import Kind, Refused, Scan, Source, SourceKind
 from medseg.ingest.sources import discover, read_source
 
 Job_ = TypeVar("Job_")
@@ -34,14 +35,24 @@ class Job:
         files: whose bytes the result follows from.
         images: the channels' paths when the scan is a case of a cohort, else empty.
         read: reads the pixels; raises Refused when they are unusable.
+        exam, exam_day: when it was, as in `Case`; the text may be a date that identifies, and is written nowhere.
     """
 
     case_id: str
     patient_id: str
+    kind: Kind
     source_kind: str
     files: tuple[Path, ...]
     images: tuple[Path, ...]
     read: Callable[[], Scan]
+    exam: str = field(default="", repr=False)
+    exam_day: int | None = None
+
+    @property
+    def dicom_radiograph(self) -> Path | None:
+        """The file, where the scan is a radiograph that comes as DICOM."""
+        from_dicom = (self.kind, self.source_kind) == ("radiograph", "dicom") and not self.images
+        return self.files[0] if from_dicom else None
 
     def input_sha256(self) -> str:
         """Hash of the input's bytes. Raises Refused when a file cannot be read."""
@@ -72,23 +83,26 @@ def source_jobs(
     key = load_key(workspace / "pseudonym.key") if workspace is not None else b""
     config = bundle.config.ingest.for_use()
     places: dict[str, Path] = {}
-    sources, rejects = discover(paths, config, key=key, unpack_dir=unpack_dir, places=places)
-    names = Names.of_scans(sources, rejects, key)
-    sources, rejects = [names.source(source) for source in sources], [names.reject(reject) for reject in rejects]
+    found, rejects = discover(paths, config, key=key, unpack_dir=unpack_dir, places=places)
+    names = Names.of_scans(found, rejects, key)
+    sources, rejects = [names.source(source) for source in found], [names.reject(reject) for reject in rejects]
     if workspace is not None:
         record_places(workspace / "pseudonyms.csv", {**places, **names.places})
     jobs = [
         Job(
             source.case_id,
             source.patient_id,
+            source.kind,
             source.source_kind,
             source.files,
             (),
             partial(read_checked, source, config),
+            exam=true.exam or true.study_date,
         )
-        for source in sources
+        for source, true in zip(sources, found, strict=True)
     ]
-    return jobs, rejects
+    days = exam_days((job for job in jobs if job.patient_id), config.exam_unit)
+    return [replace(job, exam_day=days.get(job.case_id)) for job in jobs], rejects
 
 
 def reject_id(reject: Reject) -> str:
@@ -149,7 +163,10 @@ def read_checked(source: Source, config: IngestConfig | None = None) -> Scan:
 
 def _cohort_job(case: Case, images: tuple[Path, ...]) -> Job:
     absolute = tuple(path.absolute() for path in images)
-    return Job(case.case_id, case.patient_id, case.source_kind, images, absolute, partial(_read_case, case, images))
+    read = partial(_read_case, case, images)
+    return Job(
+        case.case_id, case.patient_id, case.kind, case.source_kind, images, absolute, read, case.exam, case.exam_day
+    )
 
 
 def _read_case(case: Case, images: tuple[Path, ...]) -> Scan:

@@ -1,26 +1,31 @@
 """A bundle with its network in memory: one scan in, one prediction out. Knows no folders and no ledger."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from medseg.bundle import WEIGHTS, Bundle, read_weights
 from medseg.cohort import Finding
-from medseg.data.preprocess import Prepared, prepare
+from medseg.data.preprocess import Prepared, normalised_limit, prepare
+from medseg.data.prior import as_channels
 from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
 from medseg.label_sets import call_labels
 from medseg.models import build_from_config
 from medseg.models.ensemble import Ensemble
-from medseg.predict.flags import check_mask, check_scan, check_volumes
+from medseg.models.features import mean_features
+from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
 from medseg.predict.postprocess import apply_all
+from medseg.predict.priors import Prior
 from medseg.predict.trust import Trust, judge
 from medseg.predict.watching import watched
 from medseg.predict.windows import WorkingSet, segment_array
@@ -41,6 +46,8 @@ class Prediction:
         confidence: label name to figures that say how far to trust it (segmentation), for each label found.
         verdict: of a calibrated classifier, as `result.json` holds it: refer, do not refer or not assessable, with
             probability, score 0 to 100, threshold and the intervals of its sensitivity and specificity; else None.
+        feature_distance: from the training cohort, see `medseg.feature_distance`; None where the bundle cannot tell.
+        windows: of a segmentation, see `WorkingSet`: `all`, of them `even`, and of these `air`.
     """
 
     mask: Volume | None
@@ -50,6 +57,8 @@ class Prediction:
     flags: tuple[Finding, ...]
     confidence: Mapping[str, Trust] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None
+    feature_distance: float | None = None
+    windows: Mapping[str, int] = field(default_factory=dict)
 
 
 class Predictor:
@@ -57,13 +66,14 @@ class Predictor:
 
     Args:
         device: by default a GPU where there is one, unless the bundle's config says `cpu`.
-        net: a network to use in place of the bundle's own weights.
+        net: a network to use in place of the bundle's own weights; nothing is known of the features of another one.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device | None = None, net: nn.Module | None = None) -> None:
         self.bundle = bundle
         self.device = device or choose_device(bundle)
         self.net = net.to(self.device).eval() if net is not None else load_network(bundle, self.device)
+        self._distance = bundle.distance if net is None else None
 
     def prepare(self, scan: Scan) -> Prepared:
         """The scan on the network's grid.
@@ -80,57 +90,115 @@ class Predictor:
             raise Refused("channels", f"It has {len(scan.channels)} channels, but the model takes: {names}.")
         return prepare(scan.channels, self.bundle.plan)
 
+    @property
+    def takes_prior(self) -> bool:
+        """Whether the network takes the mask of an earlier examination."""
+        return self.bundle.config.model.takes_prior
+
     def predict(
-        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None = None
+        self,
+        scan: Scan,
+        prepared: Prepared,
+        announce: Callable[[WorkingSet], None] | None = None,
+        prior: Prior | None = None,
     ) -> Prediction:
         """Segment or classify a scan that `prepare` has prepared.
 
         Args:
             announce: is told what memory segmenting takes, before most of it is taken.
+            prior: the mask of an earlier examination, for a network that takes one.
         """
-        found = (*_warnings(scan), *check_scan(scan, self.bundle.plan))
-        task = self.bundle.config.task
-        if task.kind == "classification":
-            probs = self._classify(prepared)
-            called = call_labels(probs) if task.multi_label else called_class(probs, self.bundle.operating_point)
-            return Prediction(None, {}, probs, called, found, verdict=self._verdict(scan, probs))
-        temperatures = [float(member["temperature"]) for member in self.bundle.members] or [self.bundle.temperature]
-        with watched(self.net, temperatures) as watcher:
-            mask = self._cleaned(Volume(self._segment(prepared, announce), scan.channels[0].affine))
-        volumes_ml = measure_volumes(mask, self.bundle.labels) if scan.kind == "volume" else {}
-        trust = judge(watcher.features(self.bundle.labels), self.bundle.evidence)
-        flags = (*found, *check_mask(mask, self.bundle.labels), *check_volumes(volumes_ml, self.bundle.evidence))
-        return Prediction(mask, volumes_ml, {}, "", flags, trust)
+        with self._measuring() as measured:
+            if self._classifies:
+                said = self._classified(scan, prepared)
+            else:
+                said = self._segmented(scan, prepared, announce, prior)
+        shown = prior is not None and prior.codes is not None
+        distance = None if shown else measured()  # the limit is that of features without a prior
+        limit = self._distance.limit if self._distance is not None else None
+        found = (*_warnings(scan), *check_scan(scan, self.bundle.plan), *check_distance(distance, limit))
+        earlier = prior.findings if prior else ()
+        return replace(said, flags=(*found, *earlier, *said.flags), feature_distance=distance)
+
+    @property
+    def _classifies(self) -> bool:
+        return self.bundle.config.task.kind == "classification"
+
+    @contextmanager
+    def _measuring(self) -> Iterator[Callable[[], float | None]]:
+        """A function that gives, after the block, the distance of the one image that the network saw in it."""
+        distance = self._distance
+        if distance is None:
+            yield lambda: None
+            return
+        with mean_features(self.net, classifies=self._classifies) as members:
+
+            def measured() -> float | None:
+                seen = [features for member in members if (features := member.mean()) is not None]
+                return distance(seen) if len(seen) == len(members) else None
+
+            yield measured
+
+    def _classified(self, scan: Scan, prepared: Prepared) -> Prediction:
+        probs = self._classify(prepared)
+        multi_label = self.bundle.config.task.multi_label
+        called = call_labels(probs) if multi_label else called_class(probs, self.bundle.operating_point)
+        return Prediction(None, {}, probs, called, (), verdict=self._verdict(scan, probs))
+
+    def _segmented(
+        self, scan: Scan, prepared: Prepared, announce: Callable[[WorkingSet], None] | None, prior: Prior | None
+    ) -> Prediction:
+        bundle, told = self.bundle, list[WorkingSet]()
+
+        def listen(found: WorkingSet) -> None:
+            told.append(found)
+            if announce is not None:
+                announce(found)
+
+        temperatures = [float(member["temperature"]) for member in bundle.members] or [bundle.temperature]
+        with watched(self.net, temperatures, bundle.config.predict.mirror_axes) as watcher:
+            mask = self._cleaned(Volume(self._segment(prepared, listen, prior), scan.channels[0].affine))
+        volumes_ml = measure_volumes(mask, bundle.labels) if scan.kind == "volume" else {}
+        trust = judge(watcher.features(bundle.labels), bundle.evidence)
+        flags = (*check_mask(mask, bundle.labels), *check_volumes(volumes_ml, bundle.evidence))
+        windows = {"all": told[0].windows, "even": told[0].even, "air": told[0].air}
+        return Prediction(mask, volumes_ml, {}, "", flags, trust, windows=windows)
 
     def predict_file(self, path: Path) -> Prediction:
         """Predict the one scan at `path`. Raises UserError when there is not exactly one usable scan."""
-        sources, rejects = discover([path], self.bundle.config.ingest.for_use())
+        config = self.bundle.config.ingest.for_use()
+        sources, rejects = discover([path], config)
         if len(sources) != 1:
             why = rejects[0].reason if rejects and not sources else f"it holds {len(sources)} scans"
             raise UserError(f"{path}: {why}; give one scan, or use `medseg predict` for many.")
         try:
-            scan = read_checked(sources[0], self.bundle.config.ingest)
+            scan = read_checked(sources[0], config)
             return self.predict(scan, self.prepare(scan))
         except Refused as error:
             raise UserError(f"{path}: {error.reason}") from error
 
-    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None] | None) -> NDArray[Any]:
+    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None], prior: Prior | None) -> NDArray[Any]:
         plan, config = self.bundle.plan, self.bundle.config.predict
-        native = prepared.native_shape
-        volume = len(native) == 3
+        image = torch.from_numpy(prepared.image)
+        if prior is not None and prior.codes is not None:
+            codes = torch.from_numpy(prior.codes.astype(np.int32))[None, None]
+            image = torch.cat([image, as_channels(codes, self.bundle.config.task.out_channels)[0]])
+        covered = prepared.covered_shape
+        volume = len(covered) == 3
         axes = closest_axes(prepared.native_affine)[0] if volume else range(2)
         labels = segment_array(
             self.net,
-            prepared.image,
+            image,
             plan.patch_size,
             config.overlap,
-            out_shape=tuple(native[axis] for axis in axes),
+            out_shape=tuple(covered[axis] for axis in axes),
             memory_gb=config.memory_gb,
             window_batch=config.window_batch,
             mirror_axes=config.mirror_axes,
+            air_below=normalised_limit(config.air_below, plan),
             announce=announce,
         )
-        return from_canonical(labels, prepared.native_affine) if volume else labels
+        return from_canonical(labels, prepared.native_affine) if volume else prepared.onto_scan(labels)
 
     def _cleaned(self, mask: Volume) -> Volume:
         """With the post-processing that the bundle's own evidence speaks for; without any, the mask as it is."""

@@ -54,8 +54,8 @@ def _slices(image: Volume, mask: Volume | None) -> list[Panel]:
     for axis in (2, 1, 0):
         across, up = (a for a in range(3) if a != axis)
         size = tuple(volume.array.shape[a] * volume.spacing_mm[a] for a in (up, across))
-        grey = _upright(np.take(volume.array, centre[axis], axis))
-        cut = None if labels is None else _upright(np.take(labels, centre[axis], axis))
+        grey = _upright(np.moveaxis(volume.array, axis, 0)[centre[axis]])
+        cut = None if labels is None else _upright(np.moveaxis(labels, axis, 0)[centre[axis]])
         panels.append((grey, cut, (size[0], size[1])))
     return panels
 

@@ -5,7 +5,7 @@ Killed at any moment and started again, it goes on where it was: finished cases 
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,12 +14,15 @@ from pathlib import Path
 from medseg.bundle import Bundle
 from medseg.cohort import Cohort, Reject
 from medseg.data.preprocess import Prepared
+from medseg.exams import in_order
 from medseg.files import DiskError, UserError, write_json, write_rows
 from medseg.ingest.scan import Refused, Scan
 from medseg.ledger import USABLE, Ledger, Row
+from medseg.predict.changes import write_changes
 from medseg.predict.jobs import Job, cohort_jobs, read_ahead, reject_id, source_jobs, write_behind
 from medseg.predict.outputs import CaseFolder
 from medseg.predict.predictor import Prediction, Predictor
+from medseg.predict.priors import Prior, find_earlier, load_prior
 from medseg.predict.trust import write_queue
 from medseg.predict.windows import WorkingSet
 from medseg.progress import progress
@@ -35,6 +38,12 @@ class _Ready:
     scan: Scan
     prepared: Prepared
     seconds: float
+    prior: Prior | None = None
+
+
+_Read = Callable[[Job], _Ready | Row]
+_Written = Callable[[], tuple[Row, bool]]
+_Predict = Callable[[Callable[[], _Ready | Row]], _Written]
 
 
 def run(
@@ -79,62 +88,79 @@ def run(
         finally:
             ledger.write()
             write_queue(out / "review_queue.csv", ledger.rows)
+        write_changes(out / "changes.json", jobs, bundle)
     more = {"resumed": resumed, "working_set_gb": round(working_set_gb, 6)}
     return _summarise(ledger, bundle, out, more, time.monotonic() - start)
 
 
 def _predict_all(jobs: Sequence[Job], predictor: Predictor, ledger: Ledger, out: Path) -> tuple[int, float]:
-    """Work through the jobs: one is read while the network sees another and a third is written.
+    """Work through the jobs.
 
     Returns:
         How many were finished before, and the largest working set announced, in GB.
     """
-    read = partial(_read, predictor=predictor, out=out)
+    read = partial(_read, predictor=predictor, jobs=jobs, out=out)
     resumed, working_sets = 0, [0.0]
-    with progress("Predicting", len(jobs)) as shown, closing(read_ahead(jobs, read)) as ahead:
+    work_through = _in_turn if predictor.takes_prior else _overlapping
+    with progress("Predicting", len(jobs)) as shown:
 
         def announce(found: WorkingSet) -> None:
             working_sets.append(found.total_gb)
             shown.advance(0, text=str(found))
 
-        predicted = ((job, _predict(get, predictor, announce)) for job, get in ahead)
-        with closing(write_behind(predicted)) as behind:
-            for job, get in behind:
+        predict = partial(_predict, predictor=predictor, announce=announce)
+        with closing(work_through(jobs, read, predict)) as work:
+            for job, get in work:
                 try:
                     row, again = get()
                 except DiskError:
                     raise  # it would fail every case that follows
                 except Refused as refused:
-                    row, again = _folder(job, predictor, out).write_rejection(refused), False
+                    row, again = _folder(job, predictor, jobs, out).write_rejection(refused), False
                 except Exception as error:  # one bad case never stops the batch; the cause is kept beside it
-                    row, again = _folder(job, predictor, out).write_failure(error), False
+                    row, again = _folder(job, predictor, jobs, out).write_failure(error), False
                 resumed += again
                 ledger.add(row)
                 shown.advance(text=f"{row.case_id} {row.status}")
     return resumed, max(working_sets)
 
 
-def _folder(job: Job, predictor: Predictor, out: Path) -> CaseFolder:
-    try:
-        digest = job.input_sha256()
-    except Refused:
-        digest = ""
-    return CaseFolder(out / job.case_id, job, predictor.bundle, digest)
+def _overlapping(jobs: Sequence[Job], read: _Read, predict: _Predict) -> Generator[tuple[Job, _Written]]:
+    """One job is read while the network sees another and a third is written."""
+    with closing(read_ahead(jobs, read)) as ahead, closing(write_behind((j, predict(get)) for j, get in ahead)) as work:
+        yield from work
 
 
-def _read(job: Job, predictor: Predictor, out: Path) -> _Ready | Row:
-    """Read and prepare one case, unless it is finished. Runs beside the network."""
+def _in_turn(jobs: Sequence[Job], read: _Read, predict: _Predict) -> Generator[tuple[Job, _Written]]:
+    """One job after the other, the earlier examinations of a patient first: each may be shown the mask of the last."""
+    for job in in_order(jobs):
+        yield job, predict(partial(read, job))
+
+
+def _folder(job: Job, predictor: Predictor, jobs: Sequence[Job], out: Path, digest: str | None = None) -> CaseFolder:
+    if digest is None:
+        try:
+            digest = job.input_sha256()
+        except Refused:
+            digest = ""
+    earlier = find_earlier(job, jobs, out) if predictor.takes_prior else None
+    return CaseFolder(out / job.case_id, job, predictor.bundle, digest, earlier)
+
+
+def _read(job: Job, predictor: Predictor, jobs: Sequence[Job], out: Path) -> _Ready | Row:
+    """Read and prepare one case, unless it is finished. Runs beside the network, unless that takes a prior."""
     start = time.monotonic()
-    folder = CaseFolder(out / job.case_id, job, predictor.bundle, job.input_sha256())
+    folder = _folder(job, predictor, jobs, out, job.input_sha256())
     if (row := folder.finished()) is not None:
         return row
     scan = job.read()
-    return _Ready(folder, scan, predictor.prepare(scan), time.monotonic() - start)
+    prepared, prior = predictor.prepare(scan), None
+    if folder.earlier is not None:
+        prior = load_prior(folder.earlier, scan, prepared, predictor.bundle.config.predict.min_similarity)
+    return _Ready(folder, scan, prepared, time.monotonic() - start, prior)
 
 
-def _predict(
-    get: Callable[[], _Ready | Row], predictor: Predictor, announce: Callable[[WorkingSet], None]
-) -> Callable[[], tuple[Row, bool]]:
+def _predict(get: Callable[[], _Ready | Row], predictor: Predictor, announce: Callable[[WorkingSet], None]) -> _Written:
     """Let the network see a case.
 
     Returns:
@@ -149,9 +175,9 @@ def _predict(
         if isinstance(ready, Row):
             return partial(_finished, ready)
         start = time.monotonic()
-        prediction = predictor.predict(ready.scan, ready.prepared, announce)
+        prediction = predictor.predict(ready.scan, ready.prepared, announce, ready.prior)
         seconds = {"read": round(ready.seconds, 3), "network": round(time.monotonic() - start, 3)}
-        return partial(_write, ready.folder, ready.scan, prediction, seconds)
+        return partial(_write, ready, prediction, seconds)
     except DiskError:
         raise
     except Exception as error:
@@ -162,8 +188,8 @@ def _finished(row: Row) -> tuple[Row, bool]:
     return row, True
 
 
-def _write(folder: CaseFolder, scan: Scan, prediction: Prediction, seconds: dict[str, float]) -> tuple[Row, bool]:
-    return folder.write(scan, prediction, seconds), False
+def _write(ready: _Ready, prediction: Prediction, seconds: dict[str, float]) -> tuple[Row, bool]:
+    return ready.folder.write(ready.scan, prediction, seconds, ready.prior), False
 
 
 def _fail(error: Exception) -> tuple[Row, bool]:

@@ -10,7 +10,10 @@ from medseg.confidence import Features, from_facts
 from medseg.files import UserError, read_json, write_rows
 from medseg.ledger import USABLE, Row
 
-COLUMNS = ("rank", "case_id", "status", "expected_dice", "structure", "agreement", "flags")
+COLUMNS = (
+    "rank", "case_id", "status", "expected_dice", "structure", "agreement", "feature_distance", "distance_limit",
+    "flags",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Trust:
     Attributes:
         expected_dice: the Dice to expect; None unless the bundle was calibrated on out-of-fold predictions.
         interval: in which it lies for nine cases of ten; None likewise.
-        soft_dice, entropy, agreement: see `medseg.confidence.Features`; agreement is None with one network.
+        soft_dice, entropy, agreement, mirrored: see `medseg.confidence.Features`; agreement is None with one network,
+            mirrored without mirroring.
     """
 
     expected_dice: float | None
@@ -28,6 +32,7 @@ class Trust:
     soft_dice: float
     entropy: float
     agreement: float | None
+    mirrored: float | None = None
 
 
 def judge(features: Mapping[str, Features], evidence: Mapping[str, Any]) -> dict[str, Trust]:
@@ -39,8 +44,8 @@ def judge(features: Mapping[str, Features], evidence: Mapping[str, Any]) -> dict
         if calibrated.get(label):
             expected, low, high = (round(value, 4) for value in from_facts(calibrated[label])(seen))
             interval = (low, high)
-        agreement = None if math.isnan(seen.agreement) else round(seen.agreement, 4)
-        found[label] = Trust(expected, interval, round(seen.soft_dice, 4), round(seen.entropy, 4), agreement)
+        alike = [None if math.isnan(value) else round(value, 4) for value in (seen.agreement, seen.mirrored)]
+        found[label] = Trust(expected, interval, round(seen.soft_dice, 4), round(seen.entropy, 4), *alike)
     return found
 
 
@@ -52,7 +57,11 @@ def least(confidence: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str
 
 
 def write_queue(path: Path, rows: Iterable[Row]) -> Path:
-    """Write `review_queue.csv` beside a ledger: every usable case, flagged ones first, then the least trusted."""
+    """Write `review_queue.csv` beside a ledger: every usable case.
+
+    What is unlike the training cohort comes first, the farthest ahead, since nothing else that is said of it can be
+    trusted; then the other flagged cases, then the rest, each the least trusted ahead, of equal ones the farther.
+    """
     entries = []
     for row in rows:
         if row.status not in USABLE:
@@ -70,9 +79,14 @@ def write_queue(path: Path, rows: Iterable[Row]) -> Path:
             "expected_dice": figures.get("expected_dice"),
             "structure": structure,
             "agreement": figures.get("agreement"),
+            "feature_distance": row.feature_distance,
+            "distance_limit": row.distance_limit,
             "flags": " ".join(flags),
         }
-        entries.append(((not flags, _risk(figures) if figures else 2.0, row.case_id), entry))
+        reach = (row.feature_distance or 0.0) / (row.distance_limit or 1.0)
+        unlike = reach if "unlike_training" in flags else 0.0
+        risk = _risk(figures) if figures else 2.0
+        entries.append(((-unlike, not flags, risk, -reach, row.case_id), entry))
     entries.sort(key=lambda item: item[0])
     return write_rows(path, COLUMNS, ({"rank": rank, **entry} for rank, (_, entry) in enumerate(entries, start=1)))
 

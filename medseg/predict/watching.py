@@ -1,7 +1,8 @@
 """What the networks say of each structure while they predict it, gathered window by window.
 
 Sums are kept and no map, so that neither the size of the scan nor the number of networks needs memory; voxels that
-several windows see count as often. Out of fold and later the figures are made in the same way, which is what counts.
+several windows see count as often, and windows of one value throughout not at all. Out of fold and later the figures
+are made in the same way, which is what counts.
 """
 
 import math
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from medseg.confidence import Features, agreement_bound
 from medseg.models.ensemble import Ensemble
+from medseg.models.features import even
+from medseg.models.sliding import mirrored_dims
 
 _SLAB = 16  # slices of a window at a time: with many classes the probabilities of a window are large
 
@@ -25,13 +28,17 @@ class Watcher:
     Args:
         members: how many networks answer each window.
         temperatures: of each network's logits.
+        mirror_axes: along which each window is seen flipped, as `medseg.models.sliding.averaged` does.
     """
 
-    def __init__(self, members: int, temperatures: Sequence[float]) -> None:
+    def __init__(self, members: int, temperatures: Sequence[float], mirror_axes: Sequence[int] = ()) -> None:
         self._members, self._temperatures = members, temperatures
+        self._flips, self._passes = mirrored_dims(mirror_axes), 0
         self._waiting: list[Tensor] = []
         self._sums: Tensor | None = None  # (member, figure, class)
         self._shared: dict[tuple[int, int], Tensor] = {}
+        self._plain: list[list[Tensor]] = []  # labels of the window seen without a flip, by slab and member
+        self._mirrored: Tensor | None = None  # (member, figure, class): of the plain pass, and shared with each other
 
     def see(self, window_BCDHW: Tensor, logits_BKDHW: Tensor) -> None:
         """Take the logits of the next network for a window."""
@@ -39,9 +46,19 @@ class Watcher:
         if len(self._waiting) < self._members:
             return
         answers, self._waiting = self._waiting, []
-        if bool((window_BCDHW != 0).any()):  # a probe of the network's shape, or nothing but padding
-            for start in range(0, answers[0].shape[2], _SLAB):
-                self._add([logits[:, :, start : start + _SLAB] for logits in answers])
+        flip = self._flips[self._passes % len(self._flips)]
+        self._passes += 1
+        if not flip:
+            self._plain.clear()
+        telling = (~even(window_BCDHW)).nonzero()[:, 0]
+        if not len(telling):
+            return
+        if len(telling) < len(window_BCDHW):
+            answers = [logits[telling] for logits in answers]
+        for number, slab in enumerate(_slabs(answers[0].shape[2], reverse=2 in flip)):
+            called = self._add([logits[:, :, slab] for logits in answers])
+            if len(self._flips) > 1:
+                self._compare(number, [labels.flip([dim - 1 for dim in flip]) for labels in called])
 
     def features(self, labels: Mapping[str, int]) -> dict[str, Features]:
         """Per label that at least one network finds."""
@@ -60,10 +77,21 @@ class Watcher:
             alike = [float(2 * shared[i, j][c] / (size[i, c] + size[j, c])) for i, j in pairs]
             agreement = sum(alike) / len(alike) if alike else math.nan
             mean = [sum(values) / len(values) for values in (promised, unsure)]
-            found[name] = Features(mean[0], mean[1], agreement, agreement_bound(alike))
+            mirrored = self._mirror_agreement(size, members, c)
+            found[name] = Features(mean[0], mean[1], agreement, agreement_bound(alike), mirrored)
         return found
 
-    def _add(self, answers: Sequence[Tensor]) -> None:
+    def _mirror_agreement(self, size: Tensor, members: Sequence[int], c: int) -> float:
+        """Mean over networks of the Dice between the plain pass and each mirrored one; NaN without mirroring."""
+        if self._mirrored is None:
+            return math.nan
+        plain, same = self._mirrored.cpu().unbind(1)
+        others = len(self._flips) - 1
+        dice = [float(2 * same[k, c] / ((others - 1) * plain[k, c] + size[k, c])) for k in members]
+        return sum(dice) / len(dice)
+
+    def _add(self, answers: Sequence[Tensor]) -> list[Tensor]:
+        """Add what the networks say of a slab; returns the labels (B, D, H, W) that each calls."""
         classes, called, rows = answers[0].shape[1], [], []
         for logits, temperature in zip(answers, self._temperatures, strict=True):
             log_probs = (logits.float() / temperature).log_softmax(1)
@@ -74,20 +102,32 @@ class Watcher:
             soft = probs.transpose(0, 1).reshape(classes, -1).sum(1)
             size, hit, unsure = (_count(flat, classes, w) for w in (None, sure.reshape(-1), entropy.reshape(-1)))
             rows.append(torch.stack([size, soft.double(), hit, unsure]))
-            called.append(flat)
+            called.append(label)
         sums = torch.stack(rows)
         self._sums = sums if self._sums is None else self._sums + sums
         for i, j in combinations(range(self._members), 2):
             same = _count(called[i][called[i] == called[j]], classes)
             self._shared[i, j] = self._shared[i, j] + same if (i, j) in self._shared else same
+        return called
+
+    def _compare(self, slab: int, called: Sequence[Tensor]) -> None:
+        """Hold the labels of a pass, flipped back, against those of the plain one, which comes first."""
+        assert self._sums is not None
+        is_plain = slab == len(self._plain)
+        if is_plain:
+            self._plain.append([labels.to(torch.int32) for labels in called])
+        counts = torch.zeros_like(self._sums[:, :2])
+        for k, (labels, plain) in enumerate(zip(called, self._plain[slab], strict=True)):
+            counts[k, 0 if is_plain else 1] = _count(labels[labels == plain], self._sums.shape[2])
+        self._mirrored = counts if self._mirrored is None else self._mirrored + counts
 
 
 @contextmanager
-def watched(net: nn.Module, temperatures: Sequence[float]) -> Iterator[Watcher]:
+def watched(net: nn.Module, temperatures: Sequence[float], mirror_axes: Sequence[int] = ()) -> Iterator[Watcher]:
     """Watch a network, or each network of an `Ensemble`, while the block runs; nothing about them changes."""
     members = list(net.members) if isinstance(net, Ensemble) else [net]
     given = list(temperatures) if len(temperatures) == len(members) else [1.0] * len(members)
-    watcher = Watcher(len(members), given)
+    watcher = Watcher(len(members), given, mirror_axes)
 
     def see(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         if isinstance(output, Tensor) and output.ndim > 2:
@@ -99,6 +139,13 @@ def watched(net: nn.Module, temperatures: Sequence[float]) -> Iterator[Watcher]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _slabs(size: int, *, reverse: bool) -> Iterator[slice]:
+    """A window's slices in slabs; of one flipped along them, in the order in which they lie unflipped."""
+    for start in range(0, size, _SLAB):
+        stop = min(start + _SLAB, size)
+        yield slice(size - stop, size - start) if reverse else slice(start, stop)
 
 
 def _count(flat: Tensor, classes: int, weights: Tensor | None = None) -> Tensor:

@@ -4,18 +4,16 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medseg.files import UserError
-from medseg.models.sliding import averaged
+from medseg.models.sliding import EvenWindows, averaged, cut_window, even_windows
 from medseg.predict.slabs import ADD_VALUES, Reduction, SlabSize, label_type, slab_size
 from medseg.predict.sweep import Sweep
 
@@ -29,8 +27,11 @@ class WorkingSet:
     Attributes:
         held_gb: blended logits between two windows.
         slab_gb: interpolation and argmax of one slab and blending, three times: heaps of threads keep what was freed.
-        network_gb: the network while it sees one batch of windows, its logits included.
+        network_gb: the network while it sees one batch of windows, its logits included, and the kept answer to even
+            windows.
         dtype: of the held logits. slab: how much is reduced at once.
+        windows: of the sweep; 0 before there is an image. even: those of one value throughout, such as padding, whose
+            answer is taken from the first of them. air: of these, how many are only taken to be even (`air_below`).
     """
 
     held_gb: float
@@ -38,6 +39,9 @@ class WorkingSet:
     network_gb: float
     dtype: torch.dtype
     slab: SlabSize
+    windows: int = 0
+    even: int = 0
+    air: int = 0
 
     @property
     def total_gb(self) -> float:
@@ -46,7 +50,8 @@ class WorkingSet:
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.total_gb:.2f} GB at most ({self.held_gb:.2f} held as {kind}, {self.network_gb:.2f} network)"
+        text = f"{self.total_gb:.2f} GB at most ({self.held_gb:.2f} held as {kind}, {self.network_gb:.2f} network)"
+        return f"{text}, {self.even} of {self.windows} windows even" if self.even else text
 
 
 def segment_array(
@@ -59,6 +64,7 @@ def segment_array(
     *,
     window_batch: int = 1,
     mirror_axes: Sequence[int] = (),
+    air_below: float | None = None,
     announce: Callable[[WorkingSet], None] | None = None,
 ) -> NDArray[np.unsignedinteger[Any]]:
     """Segment an image: sliding window, logits to the wanted grid, argmax, in one sweep of windows.
@@ -79,6 +85,9 @@ def segment_array(
             network's on smooth noise: 7 of 262,144).
         window_batch: windows per call of the network.
         mirror_axes: spatial axes (0 = D); the logits of each window are averaged over all flips along them.
+        air_below: in the unit of the image; windows with no voxel from it on are answered as if they were even, at the
+            lowest value of the image, so that the network sees one of them. That may change labels. Windows of one
+            value throughout are answered once in any case, which changes none.
         announce: is told the working set after the first batch of windows, before anything is held.
 
     Returns:
@@ -100,7 +109,9 @@ def segment_array(
     try:
         for one in nets:
             one.eval()
-        return _sweep_windows(sweep, image, averaged(nets, mirror_axes), device, window_batch, memory_gb, announce)
+        even = even_windows(image, [axis.starts for axis in sweep.axes], patch_size, air_below)
+        answers = _Answers(averaged(nets, mirror_axes), image, sweep, even, device)
+        return _sweep_windows(sweep, answers, window_batch, memory_gb, announce)
     finally:
         for one, was_training in modes:
             one.train(was_training)
@@ -163,26 +174,28 @@ def working_set_gb(
 @torch.inference_mode()
 def _sweep_windows(
     sweep: Sweep,
-    image: Tensor,
-    predict: Callable[[Tensor], Tensor],
-    device: torch.device,
+    answers: "_Answers",
     window_batch: int,
     memory_gb: float,
     announce: Callable[[WorkingSet], None] | None,
 ) -> NDArray[np.unsignedinteger[Any]]:
     reduction: Reduction | None = None
-    indices = sweep.windows()
-    while batch := list(islice(indices, max(window_batch, 1))):
+    device, even = answers.device, answers.even
+    for batch in _batches(sweep.windows(), even, window_batch):
         if reduction is None:
             with _peak_over_start(device) as peak:
-                logits = _logits(sweep, image, predict, device, batch)
+                logits = answers.of(batch)
             label_type(logits.shape[1])
-            plan = working_set(sweep, logits.shape[1], memory_gb, max(peak.gb, logits.nbytes / 1e9), device.type)
+            count = math.prod(len(axis.starts) for axis in sweep.axes)
+            largest = max(min(window_batch, count - len(even.values)), 1)
+            kept_gb = logits[0].nbytes / 1e9 if even.values else 0.0  # the answer to even windows
+            network_gb = max(peak.gb, logits.nbytes / 1e9) * largest / len(batch) + kept_gb
+            plan = working_set(sweep, logits.shape[1], memory_gb, network_gb, device.type)
             if announce is not None:
-                announce(plan)
+                announce(replace(plan, windows=count, even=len(even.values), air=even.air))
             reduction = Reduction(sweep, logits.shape[1], plan.dtype, plan.slab, device)
         else:
-            logits = _logits(sweep, image, predict, device, batch)
+            logits = answers.of(batch)
         with torch.autocast(device.type, enabled=False):
             for index, window in zip(batch, logits, strict=True):
                 reduction.add(index, window)
@@ -191,24 +204,53 @@ def _sweep_windows(
     return reduction.labels
 
 
-def _logits(
-    sweep: Sweep,
-    image: Tensor,
-    predict: Callable[[Tensor], Tensor],
-    device: torch.device,
-    batch: Sequence[tuple[int, ...]],
-) -> Tensor:
-    """Logits of a batch of windows as float32; what lies outside the image is 0."""
-    windows = []
-    for index in batch:
-        inside, padding = [slice(None)], list[int]()
-        for axis, j in zip(sweep.axes, index, strict=True):
-            start = axis.starts[j]
-            inside.append(slice(max(start, 0), start + axis.patch))
-            padding = [max(-start, 0), max(start + axis.patch - axis.size, 0), *padding]
-        window = image[tuple(inside)].to(device, torch.float32)
-        windows.append(functional.pad(window, padding) if any(padding) else window)
-    return predict(torch.stack(windows)).float()
+class _Answers:
+    """What the network says of the windows of an image; it is asked once of even windows of one value in a row."""
+
+    def __init__(
+        self, predict: Callable[[Tensor], Tensor], image: Tensor, sweep: Sweep, even: EvenWindows, device: torch.device
+    ) -> None:
+        self.even, self.device = even, device
+        self._predict, self._image, self._axes = predict, image, sweep.axes
+        self._patch_size = [axis.patch for axis in sweep.axes]
+        self._kept: tuple[tuple[float, ...], Tensor] | None = None
+
+    def of(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
+        """Logits_BKDHW of a batch as float32; an even window is a batch of its own."""
+        if batch[0] in self.even.values:
+            return self._of_even(self.even.values[batch[0]])
+        return self._predict(torch.stack([self._cut(index) for index in batch])).float()
+
+    def _of_even(self, values: tuple[float, ...]) -> Tensor:
+        if self._kept is None or self._kept[0] != values:
+            self._kept = None  # before the network needs the memory
+            window = torch.empty(1, len(values), *self._patch_size, device=self.device)
+            for channel, value in zip(window[0], values, strict=True):
+                channel.fill_(value)
+            self._kept = values, self._predict(window).float()
+        return self._kept[1]
+
+    def _cut(self, index: tuple[int, ...]) -> Tensor:
+        starts = [axis.starts[j] for axis, j in zip(self._axes, index, strict=True)]
+        return cut_window(self._image, starts, self._patch_size, self.device)
+
+
+def _batches(
+    indices: Iterator[tuple[int, ...]], even: EvenWindows, window_batch: int
+) -> Iterator[list[tuple[int, ...]]]:
+    """Windows in order, in batches; an even one is a batch of its own, as it may need no look."""
+    batch = list[tuple[int, ...]]()
+    for index in indices:
+        is_even = index in even.values
+        if batch and (is_even or len(batch) == max(window_batch, 1)):
+            yield batch
+            batch = []
+        if is_even:
+            yield [index]
+        else:
+            batch.append(index)
+    if batch:
+        yield batch
 
 
 @dataclass

@@ -11,6 +11,7 @@ from medseg.files import UserError, read_rows, write_bytes
 from medseg.label_sets import EMPTY
 from medseg.report import page
 from medseg.report.cases import CaseView, draw_case, explain_in_words, flag_texts, remove_stale
+from medseg.report.changes import show_changes
 from medseg.report.figures import draw_scene, embedded
 from medseg.report.page import STATUS_TONES, Cell, Picture, Table, anchor, capped, number, words
 from medseg.report.slices import is_withheld, load_map
@@ -58,6 +59,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         attention=_attention([row for row in shown if row["status"] != "done"], results, {c.case_id for c in drawn}),
         scans=_table(shown, results, {case.case_id for case in drawn}, len(rows)),
         queue=_queue(folder / "review_queue.csv", {case.case_id for case in drawn}),
+        changes=show_changes(folder, config.max_cases),
         drawn=drawn,
         note=capped(
             sum(row["status"] in ("done", "flagged") for row in rows), len(drawn), "finished scans", "the table"
@@ -181,20 +183,30 @@ def _attention(rows: Sequence[Row], results: Results, drawn: set[str]) -> Table:
 def _queue(path: Path, drawn: set[str]) -> Table | None:
     """The review queue, the riskiest first; None where the model says nothing of how far to trust it."""
     rows = read_rows(path) if path.is_file() else []
-    if not any(row.get("structure") for row in rows):
+    structures, distances = (any(row.get(name) for row in rows) for name in ("structure", "feature_distance"))
+    if not structures and not distances:
         return None
-    calibrated = any(row["expected_dice"] for row in rows)
+    figures = [("expected_dice", "Expected Dice"), ("agreement", "Agreement of the folds")] if structures else []
+    figures += [("feature_distance", "Distance from training"), ("distance_limit", "Its limit")] if distances else []
     cells = []
     for row in rows[: page.MAX_ROWS]:
-        figures = [number(float(row[name]) if row[name] else None, 3) for name in ("expected_dice", "agreement")]
-        tone = STATUS_TONES.get(row["status"], "")
-        case, flags = _name(row, drawn), words(_codes(row), tone=tone)
-        cells.append((number(int(row["rank"])), case, words(row["structure"]), *figures, flags))
-    note = "Flagged results first, then those whose least certain structure has the lowest expected Dice."
-    if not calibrated:
-        note = "Flagged results first, then the least certain; the model was not calibrated to expect a Dice."
-    heads = ("Rank", "Case", "Least certain structure", "Expected Dice", "Agreement of the folds", "Flags")
-    return Table("To be reviewed, in this order", heads, tuple(cells), (True, False, False, True, True, False), note)
+        named = [words(row["structure"])] if structures else []
+        numbers = [number(float(row[name]) if row.get(name) else None, 3) for name, _ in figures]
+        flags = words(_codes(row), tone=STATUS_TONES.get(row["status"], ""))
+        cells.append((number(int(row["rank"])), _name(row, drawn), *named, *numbers, flags))
+    structure = ["Least certain structure"] if structures else []
+    heads = ("Rank", "Case", *structure, *(head for _, head in figures), "Flags")
+    numeric = (True, False, *(False for _ in structure), *(True for _ in figures), False)
+    return Table("To be reviewed, in this order", heads, tuple(cells), numeric, _order_in_words(rows))
+
+
+def _order_in_words(rows: Sequence[Row]) -> str:
+    first = "Flagged results first, those unlike the training cohort at the top"
+    if not any(row.get("structure") for row in rows):
+        return f"{first}; then the scans farthest from it."
+    if any(row["expected_dice"] for row in rows):
+        return f"{first}; then those whose least certain structure has the lowest expected Dice."
+    return f"{first}; then the least certain; the model was not calibrated to expect a Dice."
 
 
 def _codes(row: Row) -> str:

@@ -59,6 +59,7 @@ def draw_cases(
             explanation=_path(case.get("explanation")),
             labels=labels,
             lead=_lead(case),
+            not_annotated=case.get("not_annotated") or (),
             flags=result.get("flags") or (),
             with_viewer=viewers > 0,
         )
@@ -86,11 +87,13 @@ def draw_case(
     lead: str,
     flags: Sequence[Mapping[str, Any]],
     with_viewer: bool,
+    not_annotated: Sequence[str] = (),
 ) -> CaseView:
     """One case: the overlay is written to `overlay`; what cannot be read becomes a sentence, never an exception."""
-    view = CaseView(case_id, anchor(case_id), lead, flag_texts(flags))
+    view = CaseView(case_id, anchor(case_id), lead, (*_unjudged(not_annotated), *flag_texts(flags)))
     try:
         scene = load_scene(images, label, pred, explanation)
+        scene = replace(scene, not_annotated=tuple(labels[name] for name in not_annotated if name in labels))
         title = f"{case_id} · {lead}" if lead and len(lead) < 60 else case_id
         write_bytes(overlay, draw_scene(scene, labels, title))
         picture = embedded(overlay, f"Slices of {case_id} with outlines; {lead}.")
@@ -99,6 +102,13 @@ def draw_case(
     except UserError as error:
         return replace(view, problem=without_folders(str(error)))
     return replace(view, explanation=told, pictures=(picture,), viewer=frame)
+
+
+def _unjudged(not_annotated: Sequence[str]) -> tuple[str, ...]:
+    if not not_annotated:
+        return ()
+    names = ", ".join(name.replace("_", " ") for name in not_annotated)
+    return (f"Not contoured in the reference, so not judged: {names}.",)
 
 
 def view_scene(scene: Scene, labels: Mapping[str, int]) -> ViewerFrame:

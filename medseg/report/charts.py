@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from medseg.exams import DAYS_PER_YEAR
 from medseg.report.page import Picture, data_uri
 
 if TYPE_CHECKING:
@@ -133,6 +134,53 @@ def reliability_chart(bins: Sequence[Mapping[str, float]]) -> Picture:
         )
 
     return _chart([draw], "Calibrated probability against the share of positive cases.", (3.3, 3.2))
+
+
+def change_chart(name: str, exams: Sequence[Mapping[str, Any]], structures: Mapping[str, Mapping[str, Any]]) -> Picture:
+    """Volumes of one patient over the years, one panel per structure.
+
+    The band round the first volume is what repeated scans of an unchanged patient show; the line is the rate of change.
+
+    Args:
+        exams: `day` and `status` of each. structures: label to a change as in `changes.json`.
+    """
+    years = [(exam["day"] - exams[0]["day"]) / DAYS_PER_YEAR for exam in exams]
+    flagged = [exam["status"] == "flagged" for exam in exams]
+    told = "; ".join(f"{label}: {change['verdict']}" for label, change in structures.items())
+    panels = [_volumes(years, flagged, label, change) for label, change in structures.items()]
+    return _chart(panels, f"Volumes of {name} over {years[-1]:.2g} years. {told}.", (2.9, 2.35))
+
+
+def _volumes(years: Sequence[float], flagged: Sequence[bool], label: str, change: Mapping[str, Any]) -> Draw:
+    def draw(axes: "Axes") -> None:
+        volumes, band, slope = change["volumes_ml"], change["band_ml"], change["per_year_ml"]
+        colour = SERIES[1] if change["verdict"] == "beyond the noise" else SERIES[0]
+        room = 0.06 * years[-1]
+        if band is not None:
+            axes.axhspan(volumes[0] - band, volumes[0] + band, color="#e9e7df", linewidth=0)
+        axes.axhline(volumes[0], color="#b9b8b2", linewidth=0.8)
+        if slope is not None:
+            middle, mean = sum(years) / len(years), sum(volumes) / len(volumes)
+            ends = [years[0], years[-1]]
+            axes.plot(ends, [mean + slope * (t - middle) for t in ends], color=colour, linewidth=1.6)
+        fills = ["white" if hollow else colour for hollow in flagged]
+        axes.scatter(years, volumes, s=26, c=fills, edgecolors=colour, linewidths=1.3, zorder=3)
+        axes.set(title=f"{label}\n{_rate(change)}", xlabel="Years", ylabel="Volume (ml)")
+        axes.set_xlim(-room, years[-1] + room)
+        axes.title.set_fontsize(8.5)
+        low, high = min(*volumes, volumes[0] - (band or 0)), max(*volumes, volumes[0] + (band or 0))
+        margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+
+    return draw
+
+
+def _rate(change: Mapping[str, Any]) -> str:
+    rate, band = change["per_year_percent"], change["per_year_band_percent"]
+    if rate is None:
+        return "no rate"
+    noise = f"noise ±{band:.1f}" if band is not None else "noise unknown"
+    return f"{rate:+.1f} % per year, {noise}".replace("-", "\N{MINUS SIGN}")
 
 
 def _lines(

@@ -19,6 +19,7 @@ from medseg.report.figures import draw_thumbnail
 from medseg.report.page import Picture, Table, capped, number, words
 from medseg.report.slices import load_scene
 from medseg.report.sources import read_mapping, without_folders
+from medseg.volume import sampled
 
 PERCENTS = tuple(range(0, 101, 5))
 AXES = ("first axis", "second axis", "third axis")
@@ -53,6 +54,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         facts=_facts(cohort, len(rejects)),
         simulated=bool(provenance.get("simulated")),
         splits=_split_table(cohort),
+        annotated=_annotated_table(cohort),
         geometry=_geometry(cohort.cases),
         grids=_grid_table(cohort.cases),
         intensities=intensity_chart(curves, PERCENTS) if curves else None,
@@ -82,7 +84,7 @@ def _look(cohort: Cohort, cases: Sequence[Case]) -> tuple[list[Thumbnail], dict[
         except UserError as error:
             thumbnails.append(Thumbnail(case.case_id, lead, None, without_folders(str(error))))
             continue
-        values = scene.image.ravel()[:: max(1, scene.image.size // 200_000)].astype(np.float64)
+        values = sampled(scene.image, 200_000).astype(np.float64)
         curves[case.case_id] = [float(v) for v in np.percentile(values[np.isfinite(values)], PERCENTS)]
         thumbnails.append(Thumbnail(case.case_id, lead, _thumbnail(case, draw_thumbnail(scene))))
     return thumbnails, curves
@@ -103,6 +105,7 @@ def _facts(cohort: Cohort, rejects: int) -> list[tuple[str, str]]:
     facts = [
         ("Cases", str(len(cases))),
         ("Patients", str(len({case.patient_id for case in cases}))),
+        ("Examined on several days", _followed(cases)),
         ("Refused", str(rejects)),
         ("Sites", str(len(sites)) if sites else ""),
         ("With label", str(sum(bool(case.label or case.target) for case in cases))),
@@ -113,6 +116,16 @@ def _facts(cohort: Cohort, rejects: int) -> list[tuple[str, str]]:
         ("Cohort", cohort.sha256[:12]),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _followed(cases: Sequence[Case]) -> str:
+    """How many patients were; empty where none is known to have been."""
+    days: dict[str, set[int]] = defaultdict(set)
+    for case in cases:
+        if case.exam_day is not None:
+            days[case.patient_id].add(case.exam_day)
+    count = sum(len(found) > 1 for found in days.values())
+    return f"{count} patients" if count else ""
 
 
 def _tally(values: Iterable[str]) -> str:
@@ -153,6 +166,21 @@ def _split_table(cohort: Cohort) -> Table:
     if any(len(_classes_of(case, cohort.label_names)) > 1 for case in cases):
         note += " A case counts under each of its labels."
     return Table("Cases by split", columns, tuple(rows), numeric, note)
+
+
+def _annotated_table(cohort: Cohort) -> Table | None:
+    """Cases that annotate each structure, per split; None where all annotate all."""
+    labelled = [case for case in cohort.cases if case.label]
+    if not any(case.annotated for case in labelled):
+        return None
+    splits = [name for name in (*SPLITS, "") if any(case.split == name for case in labelled)]
+    rows = []
+    for name, value in cohort.label_names.items():
+        counts = Counter(case.split for case in labelled if value in cohort.annotated(case))
+        rows.append((words(name), *(number(counts[split]) for split in splits), number(counts.total())))
+    columns = ("Structure", *(split or "unassigned" for split in splits), "All")
+    note = "The others do not tell of it: nothing is trained or measured on it there."
+    return Table("Cases with the structure contoured", columns, tuple(rows), (False, *[True] * (len(splits) + 1)), note)
 
 
 def _geometry(cases: Sequence[Case]) -> Picture | None:

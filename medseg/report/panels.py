@@ -101,7 +101,7 @@ def difference(scene: Scene, view: View) -> NDArray[np.float32]:
     label, pred = view.of(scene.label), view.of(scene.pred)
     found: dict[str, NDArray[np.bool_]] = {
         REFERENCE: (label > 0) & (pred == 0),  # type: ignore[operator]
-        PREDICTION: (label == 0) & (pred > 0),  # type: ignore[operator]
+        PREDICTION: view.of(scene.extra).astype(bool),
         CONFUSED: (label > 0) & (pred > 0) & (label != pred),  # type: ignore[operator]
     }
     rgba = np.zeros((*label.shape, 4), np.float32)

@@ -101,6 +101,8 @@ def _class_table(metrics: Mapping[str, Any]) -> Table:
     note = "Mean over cases with its 95 % interval below (bootstrap over patients)."
     if tolerance is not None:
         note += f" Surface Dice at a tolerance of {tolerance:g} mm."
+    if metrics.get("annotated"):
+        note += " Not every case has all structures contoured: a row rests on those in which its structure is."
     columns = ("Class", *(metric(name)[0] for name in names), "Cases")
     return Table(
         "Agreement with the reference by class", columns, tuple(rows), (False, *[True] * (len(names) + 1)), note
@@ -208,12 +210,21 @@ def _site_table(metrics: Mapping[str, Any]) -> Table | None:
     if not sites:
         return None
     names = [name for name in dict.fromkeys(key for figures in sites.values() for key in figures) if name != "n"]
+    partly = bool(metrics.get("annotated"))
     rows = [
-        (words(site), *(estimate(figures.get(name), metric(name)[1]) for name in names), number(figures.get("n")))
+        (words(site), *(_counted(figures.get(name), name, partly) for name in names), number(figures.get("n")))
         for site, figures in sites.items()
     ]
     columns = ("Site", *(metric(name)[0] for name in names), "Cases")
     return Table("By site", columns, tuple(rows), (False, *[True] * (len(names) + 1)))
+
+
+def _counted(figure: Any, name: str, partly: bool) -> Cell:
+    """An estimate; with the number of cases that it rests on, where not every case counts."""
+    cell = estimate(figure, metric(name)[1])
+    if not partly or not isinstance(figure, Mapping):
+        return cell
+    return replace(cell, detail=", ".join(filter(None, (cell.detail, f"n = {figure.get('n')}"))))
 
 
 def _location_table(metrics: Mapping[str, Any]) -> Table | None:

@@ -68,6 +68,7 @@ class Scene:
 
     Attributes:
         image: first channel. affine: (4, 4), indices to RAS+ world mm. label, pred: integer maps.
+        not_annotated: values of which the label does not tell, so that a prediction of them is not wrong.
     """
 
     image: Array
@@ -75,11 +76,20 @@ class Scene:
     label: Array | None = None
     pred: Array | None = None
     heat: Heat | None = None
+    not_annotated: tuple[int, ...] = ()
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:
         """Distance of neighbouring voxels along the array's axes."""
         return spacing_of(self.affine)[: self.image.ndim]
+
+    @property
+    def extra(self) -> NDArray[np.bool_]:
+        """Where the prediction has a structure and the label, which would tell of it, has none."""
+        assert self.label is not None
+        assert self.pred is not None
+        extra: NDArray[np.bool_] = (self.label == 0) & (self.pred > 0)  # type: ignore[operator]
+        return extra & ~np.isin(self.pred, self.not_annotated)
 
 
 def load_scene(
@@ -166,12 +176,12 @@ def crop_to_structure(scene: Scene) -> Scene:
     pred = scene.pred[part] if scene.pred is not None else None
     affine = scene.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [side.start for side in part]
-    return Scene(scene.image[part], affine, label, pred, heat)
+    return replace(scene, image=scene.image[part], affine=affine, label=label, pred=pred, heat=heat)
 
 
 def cut(array: Array, plane: Plane, index: int) -> Array:
     """The slice of a canonical volume as (rows, columns) of the picture, first row on top."""
-    picture: Array = np.take(array, index, axis=plane.axis)  # both remaining axes in rising order
+    picture: Array = np.moveaxis(array, plane.axis, 0)[index]  # both remaining axes in rising order
     return picture[::-1, ::-1].T
 
 

@@ -90,7 +90,7 @@ def _overlay(scene: Scene) -> Array:
         return np.zeros(scene.image.shape, np.uint8) if part is None else part
     truth, found = label.astype(np.int64), pred.astype(np.int64)
     both = (truth > 0) & (found > 0)
-    kinds = [both & (truth == found), (truth > 0) & (found == 0), (truth == 0) & (found > 0), both]
+    kinds = [both & (truth == found), (truth > 0) & (found == 0), scene.extra, both]
     return np.select(kinds, np.arange(1, 5, dtype=np.uint8), np.uint8(0))
 
 

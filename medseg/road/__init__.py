@@ -6,7 +6,7 @@ nothing itself. Heavy rooms are imported where they are used, so that a verb loa
 
 from medseg.config import load_config as load
 from medseg.road.judging import audit, evaluate, report
-from medseg.road.learning import ingest, plan, train
+from medseg.road.learning import ingest, plan, pretrain, train
 from medseg.road.using import explain, predict, store
 
-__all__ = ["audit", "evaluate", "explain", "ingest", "load", "plan", "predict", "report", "store", "train"]
+__all__ = ["audit", "evaluate", "explain", "ingest", "load", "plan", "predict", "pretrain", "report", "store", "train"]

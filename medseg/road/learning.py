@@ -105,6 +105,37 @@ def train(
     return result.write(folder.path)
 
 
+def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str | None = None) -> Result:
+    """Train the encoder of a config on the cohort's training images without their labels, as a run of its own.
+
+    Args:
+        resume: id of the run to go on with.
+
+    Raises:
+        UserError: the config to resume with differs from the run's, or cannot be pretrained.
+    """
+    from medseg.tracking import track
+    from medseg.train import pretrain as step
+    from medseg.train.planning import make_plan
+
+    cohort = read_cohort(cohort_dir)
+    if resume:
+        folder = find_run(workspace, resume)
+        _same_config(config, folder)
+    else:
+        facts = {"step": "pretrain", "seed": config.seed, "cohort_sha256": cohort.sha256}
+        folder = create_run(workspace, f"pretrain-{config.name}", None, **facts)
+    made = folder.path / "plan.yaml"
+    chosen = read_plan(made) if made.is_file() else make_plan(config, cohort)
+    with track(folder, config.tracking, tags={"medseg.step": "pretrain"}, resume=bool(resume)) as tracker:
+        if not resume:
+            tracker.log_params(config.model_dump(mode="json"))
+            tracker.log_cohort(cohort, "pretrain")
+        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        tracker.log_artifact(result.paths["history"])
+    return result
+
+
 def _plan_folder(config: Config, cohort: Cohort) -> Path:
     return cohort.folder / "plans" / (config.name if config.train.fold is None else f"{config.name}-folds")
 

@@ -29,8 +29,9 @@ class Fingerprint:
         spacings_mm: (case, axis) in canonical order R, A, S; for radiographs (case, 2) rows, columns.
         shapes: (case, axis) voxels as acquired, in the same order.
         modality: the commonest, or empty when unknown. modalities: cases of each.
-        classes: per label `voxel_share` (of all voxels read) and its `volume_ml` (`mean`, `sd`, over the `cases` read
-            that have it); per class of a classification task `cases` and their `share`.
+        classes: per label `annotated` (cases read whose label map tells of it), `voxel_share` (of the voxels of these)
+            and its `volume_ml` (`mean`, `sd`, over the `cases` of them that have it); per class of a classification
+            task `cases` and their `share`.
         zero_share: median over the cases read of the share of voxels that are exactly 0.
         foreground: 0.5 and 99.5 percentile, mean and SD (within the percentiles) of labelled voxels, in the image's
             unit; equally many voxels of each case read. Empty for radiographs.
@@ -81,7 +82,7 @@ def measure_cohort(cohort: Cohort, cases: Sequence[Case], task: TaskConfig) -> F
         }
         if flat:
             return Fingerprint(spacings, shapes, **facts)
-    chosen = [cases[i] for i in sorted(set(np.linspace(0, len(cases) - 1, _READ_CASES).round().astype(int)))]
+    chosen = spread(cases)
     with ThreadPoolExecutor(2) as pool:
         read = pool.map(lambda case: _read_case(cohort, case, task), chosen)
         measured = list(tracked(read, "Measuring the cohort", len(chosen)))
@@ -89,6 +90,11 @@ def measure_cohort(cohort: Cohort, cases: Sequence[Case], task: TaskConfig) -> F
     if task.kind == "segmentation":
         facts["classes"] = _class_balance(measured, task)
     return Fingerprint(spacings, shapes, **facts, foreground=() if flat else _foreground(measured))
+
+
+def spread(cases: Sequence[Case]) -> list[Case]:
+    """At most 64 of the cases, evenly spread: those whose pixels are read."""
+    return [cases[i] for i in sorted(set(np.linspace(0, len(cases) - 1, _READ_CASES).round().astype(int)))]
 
 
 def canonical_grids(cohort: Cohort, cases: Sequence[Case]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -134,6 +140,7 @@ class _CaseFacts:
     voxels: int
     voxel_ml: float
     counts: NDArray[np.int64]
+    annotated: frozenset[int]
     sample: NDArray[np.float32]
 
 
@@ -152,17 +159,18 @@ def _read_case(cohort: Cohort, case: Case, task: TaskConfig) -> _CaseFacts:
             values = values[np.asarray(to_canonical(label).array) > 0]
     values = values.ravel()
     sample = values[:: max(1, len(values) // _CT_SAMPLES)].copy()
-    return _CaseFacts(zeros, image.array.size, image.voxel_ml, counts, sample)
+    annotated = cohort.annotated(case) if label is not None else frozenset()
+    return _CaseFacts(zeros, image.array.size, image.voxel_ml, counts, annotated, sample)
 
 
 def _class_balance(measured: Sequence[_CaseFacts], task: TaskConfig) -> dict[str, dict[str, Any]]:
     """Share of the voxels, and volume over the cases that have the label; radiographs have no volume."""
-    total = sum(one.voxels for one in measured if one.counts.size)
     balance: dict[str, dict[str, Any]] = {}
     for name, value in task.labels.items():
-        labelled = [one for one in measured if one.counts.size]
+        labelled = [one for one in measured if value in one.annotated]
+        total = sum(one.voxels for one in labelled)
         voxels = sum(int(one.counts[value]) for one in labelled)
-        balance[name] = {"voxel_share": float(f"{voxels / max(total, 1):.4g}")}
+        balance[name] = {"annotated": len(labelled), "voxel_share": float(f"{voxels / max(total, 1):.4g}")}
         if task.spatial_dims == 3:
             ml = np.array([one.counts[value] * one.voxel_ml for one in labelled if one.counts[value]])
             spread = float(f"{ml.std(ddof=1):.4g}") if len(ml) > 1 else 0.0

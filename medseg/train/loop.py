@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from medseg.config import TrainConfig
-from medseg.data.batches import BatchSource
+from medseg.data.batches import Batch, BatchSource
 from medseg.files import UserError
 from medseg.losses import losses_of
+from medseg.models.features import features_and_logits
 from medseg.progress import progress
+from medseg.train.adversary import SiteAdversary
 from medseg.train.checkpoints import load_checkpoint, save_checkpoint
 from medseg.train.device import peak_memory_gb
 from medseg.train.schedule import learning_rate
@@ -30,12 +32,14 @@ class Training:
 
     Attributes:
         net: trained by gradient. average: exponential moving average of its weights; validated and saved.
+        adversary: a second head that makes the features forget the site, where one is trained against.
         step: finished steps. history: one row an epoch. sums: losses by name and waiting of the unfinished epoch.
     """
 
     net: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
+    adversary: SiteAdversary | None = None
     step: int = 0
     best_score: float = -math.inf
     best_state: dict[str, Tensor] | None = None
@@ -48,6 +52,7 @@ class Training:
             "net": self.net.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "adversary": self.adversary.state_dict() if self.adversary else None,
             "step": self.step,
             "best_score": self.best_score,
             "best_state": self.best_state,
@@ -61,6 +66,8 @@ class Training:
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
         self.step, self.best_score, self.best_state = state["step"], state["best_score"], state["best_state"]
         self.history, self.sums = state["history"], state["sums"]
         torch.set_rng_state(state["torch_rng"])
@@ -78,6 +85,12 @@ def start_training(net: nn.Module, config: TrainConfig) -> Training:
         optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     average = copy.deepcopy(net).requires_grad_(False)
     return Training(net, average, optimizer)
+
+
+def train_against(training: Training, adversary: SiteAdversary) -> None:
+    """From now on the adversary's head is trained too, and the network against it."""
+    training.adversary = adversary
+    training.optimizer.add_param_group({"params": list(adversary.parameters())})
 
 
 def train_loop(
@@ -114,7 +127,7 @@ def train_loop(
             started = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - started
-            losses = _train_step(training, batch.image, batch.target, loss, config, total, device, bf16)
+            losses = _train_step(training, batch, loss, config, total, device, bf16)
             for name, value in losses.items():
                 training.sums[name] = training.sums.get(name, 0.0) + value
             training.sums["wait_s"] += waited
@@ -139,8 +152,7 @@ def resume_training(training: Training, folder: Path) -> None:
 
 def _train_step(
     training: Training,
-    image: Tensor,
-    target: Tensor,
+    batch: Batch,
     loss: nn.Module,
     config: TrainConfig,
     total: int,
@@ -150,11 +162,11 @@ def _train_step(
     training.net.train()
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(config, training.step, total)
-    image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
-    losses, norm = _gradients(training, image, target, loss, config, bf16=bf16)
+    objective = _objective(training, batch, loss, training.step / total, device)
+    losses, norm = _gradients(training, objective, config, device, bf16=bf16)
     if bf16 and device.type == "cpu" and not torch.isfinite(norm):
         # oneDNN's bf16 kernels for a CPU without AMX read memory that was never written where an axis has two positions
-        losses, norm = _gradients(training, image, target, loss, config, bf16=False)
+        losses, norm = _gradients(training, objective, config, device, bf16=False)
     value = losses["loss"]
     if not (torch.isfinite(value) and torch.isfinite(norm)):
         what = f"loss is {value.item()}" if not torch.isfinite(value) else f"gradient's norm is {norm.item()}"
@@ -167,13 +179,37 @@ def _train_step(
     return {name: float(value) for name, value in losses.items()}
 
 
+def _objective(
+    training: Training, batch: Batch, loss: nn.Module, progress: float, device: torch.device
+) -> Callable[[], dict[str, Tensor]]:
+    """A function that runs the network on a batch; its `loss` is what the step makes smaller."""
+    image = batch.image.to(device, non_blocking=True)
+    targets = [part.to(device, non_blocking=True) for part in (batch.target, batch.annotated) if part is not None]
+    adversary = training.adversary
+    if adversary is None:
+        return lambda: losses_of(loss, training.net(image), *targets)
+    case_B = torch.tensor([item.index for item in batch.parameters], device=device)
+
+    def against_adversary() -> dict[str, Tensor]:
+        features, logits = features_and_logits(training.net, image)
+        losses, site_loss = losses_of(loss, logits, *targets), adversary(features, case_B, progress)
+        return {**losses, "loss": losses["loss"] + site_loss, "site_loss": site_loss}
+
+    return against_adversary
+
+
 def _gradients(
-    training: Training, image: Tensor, target: Tensor, loss: nn.Module, config: TrainConfig, *, bf16: bool
+    training: Training,
+    objective: Callable[[], dict[str, Tensor]],
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    bf16: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Set the clipped gradients of one batch; returns the losses by name, and the norm before clipping."""
     training.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-        losses = losses_of(loss, training.net(image), target)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        losses = objective()
     losses["loss"].backward()  # type: ignore[no-untyped-call]
     norm = nn.utils.clip_grad_norm_(training.net.parameters(), config.clip_norm)
     return {name: value.detach() for name, value in losses.items()}, norm

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from medseg.cohort import Cohort
+from medseg.cohort import Case, Cohort
 from medseg.config import Config, ModelConfig, PlanConfig
 from medseg.files import UserError, dump_json
 from medseg.plan import Plan, write_plan
@@ -25,6 +25,7 @@ from medseg.train.draft import Draft, draft_plan
 from medseg.train.fingerprint import canonical_grids
 from medseg.train.memory_law import Candidate, Measure, Measured, TooLarge
 from medseg.train.pooling import divisors_of
+from medseg.train.reference import with_appearance
 from medseg.train.step import check_cohort
 
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.8  # of the free memory, where no budget is given
@@ -56,7 +57,7 @@ def make_plan(config: Config, cohort: Cohort) -> Plan:
 
     Folds share one plan, measured on all that is not of the test split: only so can their networks see one image.
     """
-    return _draft(config, cohort).plan
+    return _with_appearance(config, cohort, _draft(config, cohort).plan)
 
 
 def plan_to_train(config: Config, cohort: Cohort) -> Plan:
@@ -96,7 +97,7 @@ def measured_plan(config: Config, cohort: Cohort, measure: Measure | None = None
             f"{device_name(device)}: not even {error} could be trained for a step, out of memory; make model.channels "
             "smaller, or free memory."
         ) from error
-    return _chosen(draft.plan, choice, device_name(device), budget_gb, why)
+    return _with_appearance(config, cohort, _chosen(draft.plan, choice, device_name(device), budget_gb, why))
 
 
 def plan_key(config: Config, cohort: Cohort) -> str:
@@ -107,12 +108,21 @@ def plan_key(config: Config, cohort: Cohort) -> str:
 
 
 def _draft(config: Config, cohort: Cohort) -> Draft:
-    cases = cohort.split("train")
-    if config.train.fold is not None:
-        cases = tuple(case for case in cohort.cases if case.split in ("train", "val"))
-    drafted = draft_plan(config, cohort, cases)
+    drafted = draft_plan(config, cohort, _planned_cases(config, cohort))
     fingerprint = {"key": plan_key(config, cohort), **drafted.plan.fingerprint}
     return replace(drafted, plan=replace(drafted.plan, fingerprint=fingerprint))
+
+
+def _with_appearance(config: Config, cohort: Cohort, plan: Plan) -> Plan:
+    """What images are matched to, measured last: on the grid that was chosen."""
+    return with_appearance(plan, config.plan.appearance, cohort, _planned_cases(config, cohort))
+
+
+def _planned_cases(config: Config, cohort: Cohort) -> tuple[Case, ...]:
+    """The cases that a plan is measured on."""
+    if config.train.fold is None:
+        return cohort.split("train")
+    return tuple(case for case in cohort.cases if case.split in ("train", "val"))
 
 
 def _budget(fixed: PlanConfig, device: torch.device) -> tuple[float, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from medseg.config import Config, dump_config, validate_config
 from medseg.files import UserError, dump_json
-from medseg.plan import Plan
+from medseg.plan import Plan, plan_of
 
 _OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError")
 _KILLED = 9
@@ -72,10 +72,7 @@ def _main() -> None:
 
     order = json.load(sys.stdin)
     config = validate_config(yaml.safe_load(order["config"]), "the probe's config")
-    tree = order["plan"]
-    for name in ("patch_size", "spacing_mm", "size_px"):
-        tree[name] = tuple(tree[name])
-    print(json.dumps(_measure(config, Plan(**tree), order["steps"], order["case_size"])))
+    print(json.dumps(_measure(config, plan_of(order["plan"]), order["steps"], order["case_size"])))
 
 
 def _measure(config: Config, plan: Plan, steps: int, case_size: Sequence[int] | None) -> dict[str, float]:
@@ -89,14 +86,15 @@ def _measure(config: Config, plan: Plan, steps: int, case_size: Sequence[int] | 
 
     config = step.with_plan(config, plan)
     device, bf16 = step.prepare_torch(config)
-    examples = _examples(config, plan.patch_size, 2 * plan.batch_size)
+    annotated = _annotated(plan)
+    examples = _examples(config, plan.patch_size, 2 * plan.batch_size, annotated)
     training, source, loss = step.assemble(config, plan, step.build_network(config, plan), examples, device)
     validate = None
     if case_size:
         validate = partial(
             _validate_one_window,
             loss=loss,
-            examples=_examples(config, case_size, 1),
+            examples=_examples(config, case_size, 1, annotated),
             plan=plan,
             labels=config.task.labels,
             device=device,
@@ -129,8 +127,15 @@ def _measure(config: Config, plan: Plan, steps: int, case_size: Sequence[int] | 
     }
 
 
-def _examples(config: Config, size: Sequence[int], count: int) -> list[Any]:
-    """Made-up cases that share one noise image; every class occurs."""
+def _annotated(plan: Plan) -> tuple[bool, ...]:
+    """Which classes a made-up label tells of: as few as the cohort's, since masked classes take memory too."""
+    classes, cases = plan.fingerprint.get("classes", {}), plan.fingerprint.get("read_cases", 0)
+    known = [found.get("annotated", cases) == cases for found in classes.values()]
+    return () if all(known) else (True, *known)
+
+
+def _examples(config: Config, size: Sequence[int], count: int, annotated: tuple[bool, ...] = ()) -> list[Any]:
+    """Made-up cases that share one noise image; every class that is annotated occurs."""
     import numpy as np
 
     from medseg.cohort import Case
@@ -146,9 +151,12 @@ def _examples(config: Config, size: Sequence[int], count: int) -> list[Any]:
         if config.task.multi_label:
             return [Example(case, image, None, (), tuple((n + k) % 2 for k in range(classes))) for n in numbers]
         return [Example(case, image, None, (), number % classes) for number in numbers]
-    label = np.resize(rng.integers(0, classes, 4096).astype(np.uint8), tuple(size))
+    values = rng.integers(0, classes, 4096).astype(np.uint8)
+    if annotated:
+        values[~np.array(annotated)[values]] = 0
+    label = np.resize(values, tuple(size))
     points = rng.integers(0, size, (classes - 1, 100, len(size))).astype(np.int32)
-    return [Example(case, image, label, tuple(points), -1)] * count
+    return [Example(case, image, label, tuple(points), -1, annotated)] * count
 
 
 def _validate_one_window(net: Any, **arguments: Any) -> dict[str, float]:

@@ -1,14 +1,9 @@
 """The step `train`: cohort and plan in, bundle out."""
 
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +13,8 @@ from medseg.cohort import Case, Cohort
 from medseg.config import Config, TaskConfig, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import Example, load_examples
-from medseg.files import UserError, read_json, write_json, write_rows, write_text
+from medseg.feature_distance import CohortDistance
+from medseg.files import UserError, read_json, write_json, write_text
 from medseg.label_sets import read_set
 from medseg.losses import build_loss
 from medseg.models import build_from_config
@@ -27,9 +23,13 @@ from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.runs import RunFolder
 from medseg.tracking import Tracker
+from medseg.train.adversary import make_adversary
 from medseg.train.device import choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
-from medseg.train.loop import Training, resume_training, start_training, train_loop
+from medseg.train.distance import fit_cohort_distance
+from medseg.train.history import log_epoch
+from medseg.train.loop import Training, resume_training, start_training, train_against, train_loop
 from medseg.train.pooling import completed
+from medseg.train.stopping import stop_between_steps
 from medseg.train.temperature import calibrate_voxels
 from medseg.train.validate import validate
 
@@ -48,7 +48,7 @@ def run(
 
     Raises:
         UserError: a split is empty, a class is missing from it, the plan or the pretrained weights do not fit the
-            network, there is nothing to resume.
+            network, there is nothing to resume, or no two sites to train against.
         KeyboardInterrupt: stopped by the user; the state is saved.
     """
     check_cohort(config, cohort)
@@ -63,7 +63,8 @@ def run(
 
     cache = folder.workspace / "cache"
     load = partial(load_examples, cohort, plan=plan, cache=cache, multi_label=config.task.multi_label)
-    train_examples = load(cohort.split("train"), what="training cases")
+    similarity = config.predict.min_similarity if config.model.takes_prior else None
+    train_examples = load(cohort.split("train"), min_similarity=similarity, what="training cases")
     has_val = any(case.split == "val" for case in cohort.cases)
     val_examples = load(cohort.split("val"), what="validation cases") if has_val else []
     reset_peak_memory(device)
@@ -71,10 +72,12 @@ def run(
     if not resume:
         _set_pretrained(net, config, folder, tracker)
     training, source, loss = assemble(config, plan, net, train_examples, device)
+    if config.train.site_adversary:
+        train_against(training, make_adversary(training.net, train_examples, plan, config.train.site_adversary))
     if resume:
         resume_training(training, folder.path / "checkpoints")
     labels, begun = config.task.labels, training.step
-    with _stop_between_steps() as stop:
+    with stop_between_steps() as stop:
         train_loop(
             training,
             source,
@@ -88,7 +91,7 @@ def run(
                 if val_examples
                 else None
             ),
-            on_epoch=partial(_log_epoch, training, folder.path / "history.csv", tracker),
+            on_epoch=partial(log_epoch, training, folder.path / "history.csv", tracker),
             stop=stop,
         )
     memory = _hold_contract(plan, device, tracker, training.step) if training.step > begun else {}
@@ -98,7 +101,11 @@ def run(
     if config.train.fold is not None and config.task.kind == "segmentation":
         calibration = calibrate_voxels(training.average, val_examples, plan, device, seed=config.seed)
         tracker.log_metrics({f"oof_{name}": value for name, value in calibration.items()}, step=0)
-    return _finish(config, cohort, plan, folder, training, memory, calibration)
+    most = config.train.distance_cases
+    distance = fit_cohort_distance(
+        training.average, train_examples, val_examples, plan, config.predict, device, most_cases=most
+    )
+    return _finish(config, cohort, plan, folder, training, memory, calibration, distance)
 
 
 def with_plan(config: Config, plan: Plan) -> Config:
@@ -136,6 +143,7 @@ def assemble(
         config.augment,
         foreground_share=config.train.foreground_share,
         seed=config.seed,
+        prior_classes=config.task.out_channels if config.model.takes_prior else 0,
     )
     loss = build_loss(config.loss, _class_counts(config, examples), len(examples)).to(device)
     return start_training(net.to(device), config.train), source, loss
@@ -248,14 +256,6 @@ def _hold_contract(plan: Plan, device: torch.device, tracker: Tracker, step: int
     return figures
 
 
-def _log_epoch(training: Training, history: Path, tracker: Tracker, figures: dict[str, float]) -> None:
-    columns: dict[str, None] = {}
-    for row in training.history:
-        columns.update(dict.fromkeys(row))
-    write_rows(history, list(columns), training.history)
-    tracker.log_metrics({name: value for name, value in figures.items() if name != "step"}, step=int(figures["step"]))
-
-
 def _finish(
     config: Config,
     cohort: Cohort,
@@ -264,6 +264,7 @@ def _finish(
     training: Training,
     memory: dict[str, float],
     calibration: dict[str, float] | None,
+    distance: CohortDistance | None,
 ) -> Result:
     last = training.history[-1]
     metrics = {name: value for name, value in last.items() if name.startswith(("val_", "train_"))}
@@ -276,6 +277,7 @@ def _finish(
         cohort_sha256=cohort.sha256,
         metrics=metrics,
         calibration=calibration,
+        distance=distance,
     )
     figures = {
         **metrics,
@@ -288,25 +290,3 @@ def _finish(
     }
     paths = {"bundle": bundle, "history": folder.path / "history.csv", "run": folder.path}
     return Result("train", "done", paths, figures, folder.id).write(folder.path)
-
-
-@contextmanager
-def _stop_between_steps() -> Iterator[Any]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop at the end of the step; the second acts at once."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        if asked.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

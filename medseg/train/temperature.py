@@ -22,6 +22,8 @@ def calibrate_voxels(
 ) -> dict[str, float]:
     """Fit one temperature on voxels in and near the structures, equally many from each case.
 
+    Where a label does not tell of all structures, the probabilities of the others count as background.
+
     Args:
         net: segments; its weights are those that will be saved. examples: cases it has not seen, with labels.
 
@@ -29,21 +31,25 @@ def calibrate_voxels(
         `temperature`, fitted on all cases; `ece_before` and `ece_after`, the calibration error of the called class,
         the latter with a temperature that was fitted on the other half of the cases; `voxels`.
     """
-    logits_list, labels, halves = [], [], []
+    logits_list, labels, told, halves = [], [], [], []
     rng = np.random.default_rng(seed)
     net.eval()
     for number, example in enumerate(examples):
         z, y = _sample(net, example, plan, device, rng)
         logits_list.append(z)
         labels.append(y)
+        told.append(np.tile(example.annotated or (True,) * z.shape[1], (len(y), 1)))
         halves.append(np.full(len(y), number % 2))
     z, y, half = np.concatenate(logits_list), np.concatenate(labels), np.concatenate(halves)
+    known = np.concatenate(told)
     after = []
     for side in (0, 1):
         here = half == side
         if here.any() and (~here).any():
-            after.append(calibration_error(z[here], y[here], fit_temperature(z[~here], y[~here])))
-    found = {"temperature": fit_temperature(z, y), "ece_before": calibration_error(z, y), "voxels": float(len(y))}
+            fitted = fit_temperature(z[~here], y[~here], known[~here])
+            after.append(calibration_error(z[here], y[here], fitted, annotated=known[here]))
+    found = {"temperature": fit_temperature(z, y, known), "ece_before": calibration_error(z, y, annotated=known)}
+    found["voxels"] = float(len(y))
     return found | ({"ece_after": float(np.mean(after))} if after else {})
 
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from medseg.data.batches import annotated_classes
 from medseg.data.cache import Example, release
 from medseg.metrics import roc_auc
 from medseg.models.sliding import window_logits
@@ -52,9 +53,12 @@ def _segmentation(
         label = torch.from_numpy(np.array(example.label).astype(np.int64))[None, None].to(device)
         release(example.image)
         logits = window_logits(net, image, plan.patch_size, overlap=0.25)
-        losses.append(float(loss(logits, label)))
+        known = annotated_classes([example])
+        losses.append(float(loss(logits, label) if known is None else loss(logits, label, known.to(device))))
         pred = logits.argmax(1, keepdim=True)
         for name, value in labels.items():
+            if example.annotated and not example.annotated[value]:
+                continue
             inside, truth = pred == value, label == value
             if size := int(inside.sum() + truth.sum()):
                 scores[name].append(2 * int((inside & truth).sum()) / size)

@@ -1,5 +1,7 @@
 """Batches are a function of (seed, step); crops and augmentations keep image and label together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,20 @@ def test_every_case_is_seen_once_a_pass() -> None:
 def test_foreground_share_of_one_always_hits_the_label() -> None:
     source = _source(_examples(3), foreground_share=1.0)
     assert all(batch.target.amax(dim=(1, 2, 3, 4)).min() == 1 for batch in source.stream(0, 8))
+
+
+def test_a_batch_says_of_which_classes_its_labels_tell() -> None:
+    whole = _examples(4)
+    assert all(batch.annotated is None for batch in _source(whole).stream(0, 4))
+    mixed = [replace(example, annotated=(True, False)) if n == 2 else example for n, example in enumerate(whole)]
+    for plain, batch in zip(_source(whole).stream(0, 4), _source(mixed).stream(0, 4), strict=True):
+        indices = [item.index for item in batch.parameters]
+        if 2 in indices:
+            assert batch.annotated is not None
+            assert batch.annotated.tolist() == [[True, index != 2] for index in indices]
+        else:
+            assert batch.annotated is None
+        assert torch.equal(batch.image, plain.image)
 
 
 @given(st.tuples(*[st.integers(1, 12)] * 3), st.tuples(*[st.integers(1, 12)] * 3), st.tuples(*[st.integers(0, 11)] * 3))

@@ -1,11 +1,12 @@
 """Post-processing is taken up where it helps, left where it harms, and left where it changes nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from medseg.evaluate.earned import Pair, choose
-from medseg.images import write_nifti
+from medseg.images import read_image, write_nifti
 from medseg.predict.postprocess import apply
 from medseg.volume import Volume
 
@@ -71,6 +72,17 @@ def test_help_for_most_that_harms_a_few_is_not_taken(tmp_path: Path) -> None:
     largest = next(c for c in found if c["operation"] == "largest_component")
     assert not largest["used"]
     assert largest["ci_low"] < 0
+
+
+def test_a_case_whose_label_does_not_tell_of_a_structure_says_nothing_about_it(tmp_path: Path) -> None:
+    """Of two cases the reference lacks `organ`, which was predicted: counted, they would have a Dice of 0."""
+    pairs = cases(tmp_path)
+    for number, pair in enumerate(pairs[:2]):
+        ref = read_image(pair.ref)
+        write_nifti(pair.ref, Volume(np.where(ref.array == 1, 0, ref.array).astype(np.uint8), AFFINE))
+        pairs[number] = replace(pair, not_annotated=("organ",))
+    first = choose(pairs, LABELS, apply)[0]
+    assert (first["label"], first["used"], first["n"], first["dice_after"]) == ("organ", True, 6, 1.0)
 
 
 def test_one_patient_proves_nothing(tmp_path: Path) -> None:

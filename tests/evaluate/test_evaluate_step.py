@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from medseg.cohort import Case, Cohort
+from medseg.evaluate.outcomes import read_outcomes
 from medseg.evaluate.step import run
 from medseg.files import UserError, read_json, read_rows, write_json
 from medseg.images import write_nifti, write_png
@@ -62,6 +63,34 @@ def test_perfect_predictions(tmp_path: Path) -> None:
     }  # fmt: skip
     assert metrics["sites"]["north"]["n"] == 2
     assert read_json(tmp_path / "out" / "evaluate.json")["status"] == "done"
+
+
+def test_what_a_case_does_not_annotate_has_no_figures_whatever_was_predicted(tmp_path: Path) -> None:
+    """The reference of c lacks the core; where it does not tell of it, that is no false alarm and no missed core."""
+    cohort, predictions = _volume_cohort(tmp_path)
+    bare = np.where(_label() == 1, 0, _label()).astype(np.uint8)
+    for name in "cd":
+        write_nifti(cohort.folder / "labels" / f"{name}.nii.gz", Volume(bare, AFFINE))
+    _predict(predictions, "d", bare)
+    cases = [replace(case, annotated="shell" if case.case_id in "cd" else "") for case in cohort.cases]
+    result = _evaluate(replace(cohort, cases=tuple(cases)), predictions, tmp_path / "out")
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert result.figures["mean_dice"] == 1
+    assert metrics["annotated"] == {"core": 2, "shell": 4}
+    assert {name: found["n"] for name, found in metrics["classes"]["core"].items()} == dict.fromkeys(
+        ("dice", "hd95_mm", "surface_dice", "volume_error_ml"), 2
+    )
+    assert metrics["classes"]["shell"]["dice"]["n"] == 4
+    cells = {row["case_id"]: row for row in read_rows(tmp_path / "out" / "cases.csv")}
+    assert all(
+        cells[name][f"{figure}_core"] == "" for name in "cd" for figure in ("dice", "hd95_mm", "volume_error_ml")
+    )
+    told = {outcome.case.case_id: outcome.not_annotated for outcome in read_outcomes(tmp_path / "out")}
+    assert told == {"a": (), "b": (), "c": ("core",), "d": ("core",)}
+    _evaluate(cohort, predictions, tmp_path / "whole")
+    whole = read_json(tmp_path / "whole" / "metrics.json")
+    assert "annotated" not in whole
+    assert whole["classes"]["core"]["dice"]["mean"] == pytest.approx(2 / 3), "c counts as a false alarm"
 
 
 def test_a_shifted_prediction_has_its_known_figures_and_comes_first(tmp_path: Path) -> None:

@@ -43,6 +43,19 @@ def test_what_the_features_promise_is_fitted_to_what_was_reached(tmp_path: Path,
     assert known["held_out"]["coverage"] >= 0.85
 
 
+def test_agreement_of_mirrored_passes_is_fitted_where_every_case_has_it(tmp_path: Path) -> None:
+    by_fold: dict[int, list[Outcome]] = {0: [], 1: []}
+    for number in range(20):
+        mirrored = 0.5 + number / 40
+        said = {"soft_dice": 0.9, "entropy": 0.2, "mirrored": mirrored}
+        by_fold[number % 2].append(outcome(tmp_path, f"c{number}", mirrored - 0.1, **said))
+    known = calibrate(by_fold, LABELS)["organ"]
+    assert len(known["coefficients"]) == 4
+    assert known["held_out"]["spearman"] > 0.9
+    by_fold[0].append(outcome(tmp_path, "older", 0.8, soft_dice=0.9, entropy=0.2))
+    assert len(calibrate(by_fold, LABELS)["organ"]["coefficients"]) == 3
+
+
 def test_too_few_cases_promise_nothing(tmp_path: Path) -> None:
     assert calibrate(folds(tmp_path, 6), LABELS) == {}
 

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
 import torch
+from dicom_reader import evaluations
 from orthanc import INSTALLED, PASSWORD, USER, Orthanc, running_orthanc
-from synthetic import tiny_config
+from synthetic import calibrated_bundle, chest, tiny_config
 from typer.testing import CliRunner
 
 from flows.steps import predict_flow
@@ -20,6 +22,7 @@ from medseg import pacs_watch
 from medseg.bundle import save_bundle
 from medseg.cli import app
 from medseg.files import UserError, read_json
+from medseg.ingest.dicom_write import write_radiograph
 from medseg.models import build_from_config
 from medseg.plan import Plan
 from medseg.result import Result
@@ -168,21 +171,56 @@ def test_a_series_that_comes_late_into_a_known_study_is_taken_too(archive: Ortha
     assert look(model, archive, tmp_path).figures == {"done": 0, "waiting": 0, "known": 1, "failed": 0}
 
 
+def found_and_fetched(server: Orthanc, study: str, modality: str, written: Path) -> pydicom.Dataset:
+    """The one instance of a modality in a study: searched for (QIDO-RS), and as the server holds it."""
+    mine = pydicom.dcmread(written)
+    found = server.http.get(f"/dicom-web/studies/{study}/series", params={"Modality": modality}).json()
+    assert [one["0020000E"]["Value"] for one in found] == [[mine.SeriesInstanceUID]]
+    (held,) = server.http.post("/tools/lookup", content=str(mine.SOPInstanceUID)).json()
+    back = pydicom.dcmread(io.BytesIO(server.http.get(f"{held['Path']}/file").content))
+    assert (back.Modality, back.SeriesInstanceUID, back.PatientID) == (modality, mine.SeriesInstanceUID, mine.PatientID)
+    assert back.get("PixelData") == mine.get("PixelData")
+    return back
+
+
 def test_what_is_stored_is_found_by_a_search_and_comes_back_as_it_was(
     archive: Orthanc, model: str, tmp_path: Path
 ) -> None:
     assert look(model, archive, tmp_path).figures["done"] == 1
     study = str(pydicom.dcmread(tmp_path / "one" / "0001.dcm").StudyInstanceUID)
     for modality, name in (("SEG", "mask.dcm"), ("SR", "report.dcm")):
-        found = archive.http.get(f"/dicom-web/studies/{study}/series", params={"Modality": modality}).json()
         (written,) = (tmp_path / "out").rglob(name)
-        mine = pydicom.dcmread(written)
-        assert [one["0020000E"]["Value"] for one in found] == [[mine.SeriesInstanceUID]]
-        (held,) = archive.http.post("/tools/lookup", content=str(mine.SOPInstanceUID)).json()
-        back = pydicom.dcmread(io.BytesIO(archive.http.get(f"{held['Path']}/file").content))
-        assert (back.Modality, back.SeriesInstanceUID, back.PatientID) == (modality, mine.SeriesInstanceUID, "ROE^JANE")
-        if modality == "SEG":
-            assert back.PixelData == mine.PixelData
+        assert found_and_fetched(archive, study, modality, written).PatientID == "ROE^JANE"
+
+
+def test_verdict_and_map_are_stored_beside_their_radiograph_once(archive: Orthanc, tmp_path: Path) -> None:
+    radiograph = write_radiograph(chest(), (0.2, 0.2), tmp_path / "r.dcm", patient_id="DOE^JOHN")
+    archive.send(radiograph)
+    model = str(calibrated_bundle(tmp_path / "classifier"))
+    for figure in ("done", "known"):
+        result = pacs_watch.run(
+            model, f"{archive.url}?Modality=DX", tmp_path / "out", tmp_path / "workspace", stable_s=0
+        )
+        assert result.figures[figure] == 1
+        assert archive.modalities() == ["DX", "MR", "OT", "SR"]
+    source = pydicom.dcmread(radiograph)
+    (map_,), (report,) = ((tmp_path / "out").rglob(name) for name in ("overlay.dcm", "report.dcm"))
+    capture = found_and_fetched(archive, source.StudyInstanceUID, "OT", map_)
+    assert capture.SOPClassUID.name == "Secondary Capture Image Storage"
+    assert capture.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    verdict = found_and_fetched(archive, source.StudyInstanceUID, "SR", report)
+    (evidence,) = verdict.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+    assert evidence.SeriesInstanceUID == source.SeriesInstanceUID
+
+
+def test_a_radiograph_without_a_verdict_is_answered_with_the_reason(archive: Orthanc, tmp_path: Path) -> None:
+    turned = np.ascontiguousarray(np.rot90(chest()))
+    archive.send(write_radiograph(turned, (0.2, 0.2), tmp_path / "r.dcm", patient_id="DOE^JOHN"))
+    model = str(calibrated_bundle(tmp_path / "classifier"))
+    pacs_watch.run(model, f"{archive.url}?Modality=DX", tmp_path / "out", tmp_path / "workspace", stable_s=0)
+    assert archive.modalities() == ["DX", "MR", "SR"]
+    (report,) = (tmp_path / "out").rglob("report.dcm")
+    assert ("reason_not_assessable", "not_frontal_chest") in evaluations(pydicom.dcmread(report))
 
 
 def test_the_watch_runs_as_a_flow_and_its_parameters_name_no_one(

@@ -78,6 +78,8 @@ def test_pixels_that_may_show_names_are_flagged() -> None:
     data = Dataset()
     data.SOPClassUID, data.BurnedInAnnotation = "1.2.840.10008.5.1.4.1.1.7", "YES"
     assert [finding.code for finding in burned_in(data)] == ["burned_in_text", "secondary_capture"]
+    data.SOPClassUID, data.BurnedInAnnotation = "1.2.840.10008.5.1.4.1.1.77.1.4", "NO"
+    assert not list(burned_in(data)), "a photograph is no secondary capture, though its number begins alike"
 
 
 def test_file_names_of_research_sets_are_kept_unless_keyed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from medseg.cohort import Reject
 from medseg.config import IngestConfig
 from medseg.files import UserError
+from medseg.ingest import quality
 from medseg.ingest.dicom_write import derived_uid, write_series
 from medseg.ingest.scan import Refused, Scan, Source
 from medseg.ingest.sources import discover, read_source
@@ -119,6 +120,31 @@ def test_fractions_are_quantised_by_at_most_half_a_step(tmp_path: Path) -> None:
     read = read_one(tmp_path).channels[0].array
     assert read.dtype == np.float32
     assert np.abs(read - volume.array).max() <= step
+
+
+@pytest.mark.parametrize(
+    ("code", "keyword", "value"),
+    [
+        ("burned_in_text", "BurnedInAnnotation", "YES"),
+        ("secondary_capture", "ConversionType", "WSD"),
+        ("secondary_capture", "SOPClassUID", "1.2.840.10008.5.1.4.1.1.7.2"),
+    ],
+)
+def test_text_that_one_slice_declares_is_told_of_the_volume_and_refused_when_asked(
+    tmp_path: Path, code: str, keyword: str, value: str
+) -> None:
+    files = write_series(oblique((12, 12, 9)), tmp_path / "s", patient_id="p")
+    assert not {"burned_in_text", "secondary_capture"} & {finding.code for finding in read_one(tmp_path).findings}
+    for file in files[3:5]:
+        edit(file, lambda data: setattr(data, keyword, value))
+    scan = read_one(tmp_path)
+    (finding,) = (finding for finding in scan.findings if finding.code == code)
+    assert (finding.severity, finding.number) == ("warning", 2)
+    assert "2 of 9 files" in finding.message
+    assert finding in quality.check(scan, IngestConfig())
+    with pytest.raises(Refused, match="It is in ingest") as refused:
+        quality.check(scan, IngestConfig(refuse=(code,)))  # type: ignore[arg-type]
+    assert refused.value.code == code
 
 
 def test_rescaling_is_taken_slice_by_slice(tmp_path: Path) -> None:

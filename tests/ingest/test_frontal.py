@@ -2,31 +2,21 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from synthetic import chest
 
-from medseg.config import IngestConfig
+from medseg.config import IngestConfig, VerdictConfig
 from medseg.ingest import quality
 from medseg.ingest.frontal import check_frontal, likeness
 from medseg.ingest.scan import Refused, Scan
 from medseg.volume import Volume
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cxr_tb" / "images"
-
-
-def chest(rows: int = 300, columns: int = 280, noise: float = 0.05) -> NDArray[np.uint16]:
-    """Two dark lungs, pointed at the top, with ribs across them, beside a bright middle in a bright body."""
-    y, x = (np.mgrid[:rows, :columns] + 0.5) / np.reshape([rows, columns], (2, 1, 1))
-    aside = np.abs(x - 0.5)
-    image = np.where(aside < 0.46, 0.75, 0.0)
-    width = 0.34 * np.sqrt(np.clip((y - 0.08) / 0.72, 0, 1))
-    lung = (aside > 0.05) & (aside < 0.05 + width) & (y < 0.8)
-    image[lung] = 0.25 + 0.05 * np.sin(60 * y[lung])
-    image[(y < 0.1) & (aside > 0.2)] = 0  # beside the neck
-    image += np.random.default_rng(0).normal(0, noise, image.shape)
-    return (np.clip(image, 0, 1) * 4000).astype(np.uint16)
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+REAL, VOLUMES = DATA / "cxr_tb" / "images", DATA / "headneck_ct" / "images"
 
 
 def codes(image: NDArray[np.generic]) -> list[str]:
@@ -68,11 +58,32 @@ def test_what_is_no_chest_is_flagged_and_can_be_refused() -> None:
         0, 50, (200, 200), np.uint16
     )
     for image in (rng.integers(0, 4000, (200, 200)).astype(np.uint16), (rows * 20).astype(np.uint16), disc):
-        assert codes(image) == ["chest_doubtful"]
+        assert codes(image) == ["no_chest"]
     scan = Scan("c", "p", (Volume(disc, np.eye(4)),), "", "radiograph", "png", (), "")
-    assert "chest_doubtful" in {found.code for found in quality.check(scan)}
-    with pytest.raises(Refused, match="hardly looks like"):
-        quality.check(scan, IngestConfig(refuse=("chest_doubtful",)))
+    assert "no_chest" in {found.code for found in quality.check(scan)}
+    with pytest.raises(Refused, match="looks like no"):
+        quality.check(scan, IngestConfig(refuse=("no_chest",)))
+    assert "no_chest" in VerdictConfig().withhold, "no verdict on a picture of something else"
+
+
+def test_dark_air_that_nothing_encloses_is_no_lung() -> None:
+    """As beside a neck below bright shoulders; and a leg, darker than the white edges of its plate."""
+    rows, columns = (np.mgrid[:300, :280] + 0.5) / np.reshape([300, 280], (2, 1, 1))
+    aside = np.abs(columns - 0.5)
+    neck = np.where((rows < 0.12) | (rows > 0.8) | (aside < 0.08), 3000, 0)
+    leg = np.where(aside > 0.35, 4000, np.where(aside < 0.08, 1600, 400))
+    noise = np.random.default_rng(0).normal(0, 100, neck.shape)
+    for image in (neck, leg):
+        assert set(codes(image + noise)) & {"no_chest", "chest_doubtful"}
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_a_photograph_gets_no_verdict_or_is_doubtful(name: str) -> None:
+    from sklearn.datasets import load_sample_image
+
+    grey = load_sample_image(name).mean(axis=2)
+    assert set(codes(grey)) <= {"no_chest", "chest_doubtful", "not_frontal_chest"}
+    assert codes(grey)
 
 
 @pytest.mark.shared_data
@@ -84,3 +95,12 @@ def test_no_real_chest_is_refused_and_turned_ones_are() -> None:
     for turns in (1, 2, 3):
         caught = sum(codes(np.rot90(image, turns)) == ["not_frontal_chest"] for image in images)
         assert caught >= 0.9 * len(images)
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not VOLUMES.is_dir(), reason="the real scans (../shared/data) are not here")
+def test_projections_of_head_and_neck_are_no_chests() -> None:
+    for path in sorted(VOLUMES.glob("*.nii.gz"))[::25]:
+        array = np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+        for axis in range(3):
+            assert codes(np.rot90(array.mean(axis))[::-1]), f"{path.name} along axis {axis}"

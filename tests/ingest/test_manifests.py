@@ -23,8 +23,8 @@ def tree(name: str = "nlm_montgomery") -> dict:
 
 def test_the_sets_that_users_bring_are_described() -> None:
     assert {name for name in MANIFESTS if not name.startswith("decathlon_")} == {
-        *("amos22", "brats_2020", "brats_2023", "btcv", "covid19_radiography", "mrbrains18", "nlm_montgomery"),
-        *("nlm_shenzhen", "oasis3", "pancreas_ct", "totalsegmentator_v2"),
+        *("amos22", "brats_2020", "brats_2023", "btcv", "covid19_radiography", "mrbrains18", "mswal"),
+        *("nlm_montgomery", "nlm_shenzhen", "oasis3", "pancreas_ct", "totalsegmentator_v2"),
     }
     assert sum(name.startswith("decathlon_") for name in MANIFESTS) == 10
 
@@ -59,7 +59,7 @@ def test_labels_and_columns_are_those_of_the_config(manifest: Manifest) -> None:
     assert manifest.kind == config.task.kind
     if manifest.layout.case_table:
         columns = {"image", "site", *manifest.layout.masks, *re.compile(manifest.layout.file_name).groupindex}
-        assert {name for name in config.ingest.table.model_dump().values() if name} <= columns
+        assert {name for name in config.ingest.table.model_dump(exclude_unset=True).values() if name} <= columns
         by_value = {str(value): name for name, value in manifest.labels.items()}
         assert config.ingest.target_names == (manifest.layout.target_names or by_value)
 

@@ -239,6 +239,26 @@ def test_structures_without_a_config_are_named_like_their_files(tmp_path: Path) 
         run(draft_config(sets[2:]), [tmp_path / "d"], tmp_path / "other", key=KEY)
 
 
+def test_mswal(tmp_path: Path) -> None:
+    folder, values = tmp_path / "d" / "MSWAL", list(range(1, 8))
+    for case in ("0001", "0484"):
+        save(folder / "imagesTr" / f"MSWAL_{case}_0000.nii.gz", image_of(case))
+        save(folder / "labelsTr" / f"MSWAL_{case}.nii.gz", label_of(case, values))
+    names = {name.replace("_", " "): value for name, value in find_manifest("mswal").labels.items()}
+    about = {"channel_names": {"0": "CT"}, "labels": {"background": 0, **names}}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    assert len(case_rows(find_manifest("mswal").layout, tmp_path / "d")) == 2
+    cohort, rejects = ingest("mswal", tmp_path / "d", tmp_path / "out")
+    assert rejects == {}
+    for case in cohort.cases:
+        np.testing.assert_array_equal(label(cohort, case), label_of(case.case_id[-4:], values))
+    exchanged = {**names, "gallstone": 2, "kidney stone": 1}
+    (folder / "dataset.json").write_text(json.dumps({**about, "labels": {"background": 0, **exchanged}}))
+    with pytest.raises(UserError, match=r"task\.labels gives 'gallstone' the value 1, but .*dataset\.json gives it 2"):
+        ingest("mswal", tmp_path / "d", tmp_path / "other")
+    assert ingest("mswal", tmp_path / "d", tmp_path / "same", "ingest.label_values={1: 2, 2: 1}")[1] == {}
+
+
 def test_mrbrains18(tmp_path: Path) -> None:
     folder, values = tmp_path / "d" / "mrbrains18", list(range(1, 11))
     for case in ("1", "14", "070"):
@@ -299,15 +319,15 @@ def test_covid19_radiography(tmp_path: Path) -> None:
 
 
 def test_an_nnunet_folder_brings_its_own_names(tmp_path: Path) -> None:
-    """MSWAL and others in nnU-Net's layout: names and values are those of their dataset.json."""
-    for case in ("MSWAL_0001", "MSWAL_0002"):
+    """Without a config, names and values are those of the dataset.json."""
+    for case in ("scan_0001", "scan_0002"):
         save(tmp_path / "d" / "imagesTr" / f"{case}_0000.nii.gz", image_of(case))
         save(tmp_path / "d" / "labelsTr" / f"{case}.nii.gz", label_of(case, (1, 2)))
     about = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "first kind": 1, "second kind": 2}}
     (tmp_path / "d" / "dataset.json").write_text(json.dumps(about))
     result = run(draft_config(["ingest.modality=[CT]", "ingest.names=kept"]), [tmp_path / "d"], tmp_path / "o", key=KEY)
     assert result.figures["labels"] == {"first_kind": 1, "second_kind": 2}
-    assert [case.case_id for case in read_cohort(tmp_path / "o").cases] == ["MSWAL_0001", "MSWAL_0002"]
+    assert [case.case_id for case in read_cohort(tmp_path / "o").cases] == ["scan_0001", "scan_0002"]
 
 
 def test_oasis_keeps_the_examinations_of_a_subject_apart_and_together(tmp_path: Path) -> None:

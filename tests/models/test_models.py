@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mednext": {"init_filters": 2},
     "unetpp": {"depth": 2, "features": (4, 8, 16)},
     "reversible_unet": {"channels": (4, 8, 16), "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
+    "prior_unet": {"channels": (4, 8, 16)},
     "densenet": {"init_features": 8, "growth_rate": 4, "block_config": (2, 2)},
     "resnet": {"depth": 18, "init_features": 4},
     "two_stage": {
@@ -54,6 +55,7 @@ FEATURES = {
     "swin_unetr": 192,
     "mednext": 32,
     "unetpp": 16,
+    "prior_unet": 16,
     "reversible_unet": 32,  # the first expansion going up: 4 × 8
     "densenet": 16,
     "resnet": 32,
@@ -233,14 +235,15 @@ def test_checkpointing_swin_unetr_changes_no_number() -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_sizes_said_to_be_legal_are_and_others_are_not(name: str) -> None:
     config = MODELS[name][0](**SMALL[name])
-    divisor = config.divisors(2)[0]
-    assert config.legal_size(config.legal_size((1, 1))) == config.legal_size((1, 1))
-    net = build(name)
-    smallest = config.legal_size((1, 1))
+    dims = min(config.dims)
+    divisor, one = config.divisors(dims)[-1], (1,) * dims
+    assert config.legal_size(config.legal_size(one)) == config.legal_size(one)
+    net = build(name, dims)
+    smallest = config.legal_size(one)
     assert logits_of(net(torch.randn(2, 2, *smallest))).isfinite().all()
     if divisor > 1:
-        wrong = (smallest[0] + 1, smallest[1])
-        assert config.legal_size(wrong) == (smallest[0] + divisor, smallest[1])
+        wrong = (*smallest[:-1], smallest[-1] + 1)
+        assert config.legal_size(wrong) == (*smallest[:-1], smallest[-1] + divisor)
         assert f"set it to {config.legal_size(wrong)}" in str(config.size_problem(wrong))
         with contextlib.suppress(RuntimeError, ValueError):  # most refuse; the others give logits of another size
             assert logits_of(net(torch.randn(2, 2, *wrong))).shape[2:] != wrong

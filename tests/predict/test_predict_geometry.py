@@ -14,7 +14,10 @@ from medseg.bundle import Bundle
 from medseg.files import read_json
 from medseg.images import write_nifti
 from medseg.ingest.dicom_write import write_series
+from medseg.ingest.scan import Scan
+from medseg.plan import Appearance
 from medseg.predict import Predictor, step
+from medseg.volume import Volume
 
 SPACING_MM = np.array([1.2, 1.6, 2.0])
 TOLERANCE_MM = 0.35  # the object's edges are found to a fraction of a voxel
@@ -165,3 +168,18 @@ def test_labels_keep_their_values_with_several_classes(tmp_path: Path) -> None:
     assert volumes["core"] == pytest.approx((volume.array == 100).sum() / 1000)
     seg = pydicom.dcmread(folder / "mask.dcm")
     assert [(s.SegmentNumber, s.SegmentLabel) for s in seg.SegmentSequence] == [(1, "rim"), (2, "core")]
+
+
+def test_the_mask_of_a_padded_radiograph_lies_on_its_own_grid(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:96, :80]
+    content = 10 + 10 * np.sin(rows / 7) * np.cos(columns / 5) + 80 * (np.hypot(rows - 40, columns - 30) < 20)
+    image = np.zeros((116, 122), dtype=np.uint8)
+    image[12:108, 30:110] = content
+    grid = plan(spatial_dims=2, patch_size=(48, 48), size_px=(48, 48), appearance=Appearance(crop_padding=True))
+    predictor = Predictor(bundle(tmp_path / "b", config(dims=2), grid), net=Threshold())
+    scan = Scan("one", "p", (Volume(image, np.eye(4)),), "DX", "radiograph", "png", (), "")
+    mask = predictor.predict(scan, predictor.prepare(scan)).mask
+    assert mask is not None
+    truth = image > 50
+    assert mask.array.shape == image.shape
+    assert 2 * (mask.array.astype(bool) & truth).sum() / (mask.array.sum() + truth.sum()) > 0.97

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_bundle import Threshold, bundle, plan, write_boxes
+from tiny_bundle import Threshold, bundle, config, plan, write_boxes
 from torch import Tensor, nn
 
 from medseg.confidence import Features
 from medseg.files import read_json, read_rows, write_json
+from medseg.images import read_image, write_nifti
 from medseg.ledger import Row, read_ledger
 from medseg.metrics import dice
 from medseg.models.ensemble import Ensemble
@@ -18,6 +19,7 @@ from medseg.predict import Predictor, segment_array, step
 from medseg.predict.flags import check_volumes
 from medseg.predict.trust import judge, write_queue
 from medseg.predict.watching import watched
+from medseg.volume import Volume
 
 LABELS = {"one": 1, "two": 2}
 
@@ -70,9 +72,42 @@ def test_only_empty_windows_and_absent_structures_say_nothing() -> None:
     net = Fixed(0.5)
     with watched(net, [1.0]) as watcher:
         net(torch.zeros(1, 1, 8, 8, 8))
-        assert watcher.features(LABELS) == {}
         net(torch.full((1, 1, 8, 8, 8), 3.0))
+        assert watcher.features(LABELS) == {}
+        net(torch.linspace(2, 3, 512).reshape(1, 1, 8, 8, 8))
     assert set(watcher.features(LABELS)) == {"one"}
+
+
+class Leaning(nn.Module):
+    """Calls label 1 in the upper part along the first axis, whatever it sees; so a flipped pass calls the lower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[2]).reshape(1, 1, -1, 1, 1).expand_as(x)
+        return torch.cat([0 * x, (14.5 - place) + 0 * x, -9 + 0 * x], 1)
+
+
+def test_agreement_of_mirrored_passes_is_that_of_the_whole_maps() -> None:
+    """Two networks, eight flips, slabs that do not divide the window: the Dice of each flip with the plain pass."""
+    image = np.random.default_rng(2).normal(0, 2, (1, 24, 8, 8)).astype(np.float32)
+    nets = [Fixed(0.0), Leaning()]
+    together = Ensemble(nets)
+    with watched(together, [1.0, 1.0], (0, 1, 2)) as watcher:
+        segment_array(together, image, (24, 8, 8), 0.0, mirror_axes=(0, 1, 2))
+    found = watcher.features(LABELS)
+    upper = np.arange(24) < 15
+    with_flips_of_0 = dice(np.broadcast_to(upper, (1, 24)), np.broadcast_to(upper[::-1], (1, 24)))
+    leaning = (3 * 1.0 + 4 * with_flips_of_0) / 7
+    assert found["one"].mirrored == pytest.approx((1.0 + leaning) / 2)
+    assert found["two"].mirrored == 1.0, "only the network that finds it counts, and it does not mind flips"
+    assert judge(found, {})["one"].mirrored == pytest.approx(found["one"].mirrored, abs=1e-4)
+
+
+def test_without_mirroring_there_is_no_agreement_of_passes() -> None:
+    net = Fixed(0.3)
+    with watched(net, [1.0]) as watcher:
+        segment_array(net, np.random.default_rng(1).normal(0, 2, (1, 16, 16, 16)).astype(np.float32), (16, 16, 16))
+    assert math.isnan(watcher.features(LABELS)["one"].mirrored)
+    assert judge(watcher.features(LABELS), {})["one"].mirrored is None
 
 
 def test_expected_dice_comes_from_the_evidence_of_the_bundle() -> None:
@@ -112,6 +147,40 @@ def test_the_queue_puts_flags_first_and_then_the_least_trusted(tmp_path: Path) -
     assert [row["case_id"] for row in found] == ["flag", "none", "weak", "sure"]
     assert [row["rank"] for row in found] == ["1", "2", "3", "4"]
     assert (found[2]["structure"], found[2]["expected_dice"]) == ("two", "0.41")
+
+
+def test_the_queue_puts_what_is_unlike_the_cohort_before_all_else(tmp_path: Path) -> None:
+    said = {
+        "near": (0.5, ["touches_border"]),
+        "far": (1.4, ["unlike_training"]),
+        "farther": (2.5, ["touches_border", "unlike_training"]),
+        "calm": (0.3, []),
+        "less calm": (0.8, []),
+    }
+    rows = []
+    for name, (distance, flags) in said.items():
+        write_json(tmp_path / name / "result.json", {"confidence": {}, "flags": [{"code": code} for code in flags]})
+        status = "flagged" if flags else "done"
+        rows.append(Row(name, status, feature_distance=distance, distance_limit=1.0))
+    found = read_rows(write_queue(tmp_path / "review_queue.csv", rows))
+    assert [row["case_id"] for row in found] == ["farther", "far", "near", "less calm", "calm"]
+    assert (found[0]["feature_distance"], found[0]["distance_limit"]) == ("2.5", "1.0")
+
+
+def test_windows_taken_for_air_are_announced_in_result_and_ledger(tmp_path: Path) -> None:
+    """A limit in HU, as the plan normalises by HU; two of five windows lie in uneven air."""
+    array = np.random.default_rng(3).integers(20, 100, (48, 16, 16)).astype(np.int16)
+    array[:24] = array[:24] // 20
+    write_nifti(tmp_path / "scans" / "scan.nii.gz", Volume(array, np.eye(4)))
+    masks = []
+    for name, predict, air in (("some", {"air_below": 10.0}, 2), ("all", {}, 0)):
+        made = bundle(tmp_path / name, config(predict=predict), plan(spacing_mm=(1.0, 1.0, 1.0)))
+        step.run(made, [tmp_path / "scans"], tmp_path / f"out-{name}", predictor=Predictor(made, net=Threshold()))
+        result = read_json(tmp_path / f"out-{name}" / "scan" / "result.json")
+        assert result["windows"] == {"all": 5, "even": air, "air": air}
+        assert [row.air_windows for row in read_ledger(tmp_path / f"out-{name}" / "ledger.csv")] == [air]
+        masks.append(read_image(tmp_path / f"out-{name}" / "scan" / "mask.nii.gz").array)
+    assert np.array_equal(*masks), "this network says the same of even air"
 
 
 def test_results_and_ledger_carry_what_is_known(tmp_path: Path) -> None:

@@ -538,6 +538,21 @@ def test_difference_counts_missed_extra_and_confused() -> None:
     assert int((rgba[..., 3] > 0).sum()) == 3
 
 
+def test_a_prediction_that_the_reference_does_not_tell_of_is_not_called_extra() -> None:
+    label = np.array([[0, 1, 1], [2, 2, 0]], np.uint8)
+    pred = np.array([[3, 3, 1], [2, 0, 2]], np.uint8)
+    scene = Scene(label, np.eye(4), label, pred)
+    assert np.argwhere(scene.extra).tolist() == [[0, 0], [1, 2]]
+    scene = replace(scene, not_annotated=(3,))
+    rgba = difference(scene, View(None, 0, 3, 2))
+    found = {tuple(place): rgba[tuple(place)][:3].tolist() for place in np.argwhere(rgba[..., 3] > 0).tolist()}
+    assert found == {
+        (0, 1): pytest.approx(rgb_of(CONFUSED), abs=1e-6),
+        (1, 1): pytest.approx(rgb_of(REFERENCE), abs=1e-6),
+        (1, 2): pytest.approx(rgb_of(PREDICTION), abs=1e-6),
+    }
+
+
 def test_overlay_refuses_a_mask_on_another_grid(tmp_path: Path) -> None:
     image = write_nifti(tmp_path / "i.nii.gz", Volume(np.zeros((9, 9, 9), np.float32), np.eye(4)))
     pred = write_nifti(tmp_path / "p.nii.gz", Volume(np.zeros((9, 9, 8), np.uint8), np.eye(4)))

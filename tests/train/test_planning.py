@@ -88,11 +88,17 @@ def test_class_balance_and_volumes(tmp_path: Path) -> None:
         tiny_config().task,
     )
     assert found.classes["anterior"] == {
+        "annotated": 4,
         "voxel_share": 0.01,
         "cases": 4,
         "volume_ml": {"mean": pytest.approx(0.06), "sd": 0.0},
     }
-    assert found.classes["posterior"] == {"voxel_share": 0.0, "cases": 0, "volume_ml": {"mean": 0.0, "sd": 0.0}}
+    nothing = {"annotated": 4, "voxel_share": 0.0, "cases": 0, "volume_ml": {"mean": 0.0, "sd": 0.0}}
+    assert found.classes["posterior"] == nothing
+    partly = [replace(case, annotated="posterior" if number else "") for number, case in enumerate(cohort.cases)]
+    found = measure_cohort(cohort, partly, tiny_config().task)
+    assert (found.classes["anterior"]["annotated"], found.classes["posterior"]["annotated"]) == (1, 4)
+    assert found.classes["anterior"]["voxel_share"] == 0.01, "of the voxels of the one case that tells of it"
 
 
 def test_classes_of_a_classification_task(tmp_path: Path) -> None:
