@@ -50,15 +50,15 @@ def features_watched(
     """Tell `take` the image_BCDHW and the features_BF of each forward pass in the block.
 
     They are those of `features_and_logits`, unless the network is said to be none that classifies: then mean and
-    standard deviation over positions of what the last convolution with the fewest positions puts out. A norm that
-    follows it makes both alike for all images, be they noise.
+    standard deviation over positions of what the last convolution of each resolution puts out on the way down. A norm
+    that follows makes both alike for all images, and the coarsest alone hardly shows noise.
 
     Args:
         classifies: whether the network is a classifier. Where that is known, only what its kind of features needs is
             watched: inputs of convolutions are as large as any tensor of a segmentation network.
     """
     segments = classifies is False
-    watch = _Watch(_mean_and_deviation if segments else _pooled)
+    watch = _Watch(_mean_and_deviation if segments else _pooled, all_levels=segments)
 
     def finish(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         take(inputs[0], watch.finish(module, output))
@@ -123,18 +123,18 @@ def even(window_BCDHW: Tensor) -> Tensor:
 class _Watch:
     """What has been seen of a running network; `pool` makes features of a module's output."""
 
-    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
-        self.pool = pool
+    def __init__(self, pool: Callable[[Tensor], Tensor], *, all_levels: bool) -> None:
+        self.pool, self.all_levels = pool, all_levels
         self.batch, self.axes, self.fewest = 0, 0, 0
         self.head_input: Tensor | None = None
-        self.bottom: Tensor | None = None
+        self.levels: dict[int, Tensor] = {}  # by positions, on the way down
 
     def begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Called before the network."""
         x_BCDHW = inputs[0]
         self.batch, self.axes = x_BCDHW.shape[0], x_BCDHW.ndim
         self.fewest = math.prod(x_BCDHW.shape[2:])
-        self.head_input = self.bottom = None
+        self.head_input, self.levels = None, {}
 
     def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Called before each linear layer; the last one stays."""
@@ -146,7 +146,7 @@ class _Watch:
             return
         positions = math.prod(output.shape[2:])
         if 1 < positions <= self.fewest:
-            self.fewest, self.bottom = positions, self.pool(output)
+            self.fewest, self.levels[positions] = positions, self.pool(output)
 
     def finish(self, net: nn.Module, logits: object) -> Tensor:
         """Called after the network; its features."""
@@ -155,10 +155,12 @@ class _Watch:
             raise UserError(
                 f"the network puts out {type(logits).__name__} instead of logits; put it in evaluation mode."
             )
-        features = _pooled(head_input) if logits.ndim == 2 and head_input is not None else self.bottom
-        if features is None:
+        if logits.ndim == 2 and head_input is not None:
+            return _pooled(head_input)
+        if not self.levels:
             raise UserError(f"no module of {type(net).__name__} puts out features; take a network of MODELS.")
-        return features
+        levels = list(self.levels.values())
+        return torch.cat(levels, 1) if self.all_levels else levels[-1]
 
 
 def _pooled(x_BCDHW: Tensor) -> Tensor:
