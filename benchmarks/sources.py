@@ -24,7 +24,7 @@ from medseg.cohort import Cohort, assign_splits, read_cohort
 from medseg.config import Config, load_config
 from medseg.evaluate.scoring import Scorer
 from medseg.models.batch_norm import batch_norms, reestimate
-from medseg.predict import load_network
+from medseg.predict import load_network, view_of
 from medseg.runs import create_run, find_run
 from medseg.statistics import Estimate, aucs, bootstrap_rows
 from medseg.tracking import track
@@ -123,10 +123,11 @@ def trained(config: Config, cohort: Cohort, option: str, work: Path) -> Bundle:
 def score(bundle: Bundle, cohort: Cohort, option: str, seed: int) -> list[Row]:
     """The network as trained, then adapted to the other site."""
     net = load_network(bundle)
-    scorer = Scorer(net, bundle.plan)
+    view = view_of(bundle)
+    scorer = Scorer(net, bundle.plan, view)
     rows = [_row(scorer, bundle, cohort, option, seed)]
     if batch_norms(net):
-        reestimate(net, load_batches(bundle.plan, cohort, cohort.split("test"), scorer.device))
+        reestimate(net, load_batches(bundle.plan, cohort, cohort.split("test"), scorer.device, view))
         rows.append(_row(scorer, bundle, cohort, f"{option}, adapted", seed))
     return rows
 

@@ -147,6 +147,11 @@ class Config(Strict):
             raise ValueError(f"lungs are those of radiographs, not of task.spatial_dims {self.task.spatial_dims}")
         if self.task.kind == "segmentation" and (self.lungs.model or self.lungs.mask != "none"):
             raise ValueError("lungs.model and lungs.mask are for classifiers; a segmentation has the limits only")
+        looks = self.plan.appearance
+        if self.lungs.mask != "none" and (looks.histogram == "landmarks" or looks.match_sharpness):
+            raise ValueError(
+                "plan.appearance matches what whole images show, and lungs.mask hides most of it; leave one"
+            )
 
     def _check_sizes(self) -> None:
         model, plan, dims = self.model, self.plan, self.task.spatial_dims

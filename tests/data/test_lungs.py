@@ -121,6 +121,16 @@ def test_a_view_needs_masks_only_where_it_hides_something() -> None:
     [
         ({"lungs": {"model": "x"}}, "are for classifiers"),
         ({"lungs": {"area": [0.5, 0.2]}}, "must rise"),
+        (
+            {
+                "task": {"kind": "classification", "labels": {"no": 0, "yes": 1}, "spatial_dims": 2},
+                "model": {"name": "densenet"},
+                "loss": {"name": "cross_entropy"},
+                "lungs": {"mask": "tight"},
+                "plan": {"appearance": {"match_sharpness": True}},
+            },
+            "what whole images show",
+        ),
         ({"lungs": {}, "task": {"kind": "segmentation", "labels": {"lung": 1}}}, "those of radiographs"),
     ],
 )
