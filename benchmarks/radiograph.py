@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medseg.bundle import load_bundle, save_bundle
+from medseg.bundle import load_bundle
+from medseg.bundle_writing import save_bundle
 from medseg.config import load_config
 from medseg.data.phantom import draw_radiographs, render_radiograph
 from medseg.explain import step as explain_step

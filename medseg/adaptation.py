@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medseg.bundle import Bundle, check_target, load_bundle, with_weights
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import check_target, with_weights
 from medseg.cohort import Case, Cohort, read_cohort
 from medseg.data.lung_view import LungView
 from medseg.data.preprocess import prepare

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg import retests
-from medseg.bundle import Bundle, check_target, load_bundle, with_verdict
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import check_target, with_verdict
 from medseg.cohort import Case, Cohort, read_cohort
 from medseg.config import Config, apply_override, validate_config
 from medseg.evaluate.calibrate import CannotCalibrate, calibrate

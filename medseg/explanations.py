@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from medseg.bundle import Bundle, load_bundle, with_explanation
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import with_explanation
 from medseg.cohort import Case, Cohort
 from medseg.config import ExplainConfig
 from medseg.data.lung_view import visible

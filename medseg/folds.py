@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medseg.bundle import Bundle, check_target, copy_bundle, load_bundle, read_weights, save_bundle
+from medseg.bundle import Bundle, load_bundle, read_weights
+from medseg.bundle_writing import check_target, copy_bundle, save_bundle
 from medseg.cohort import Cohort, take_fold
 from medseg.config import Config, dump_config
 from medseg.evaluate import cross_validation, earned, trust

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from medseg.bundle import Bundle, load_bundle, save_bundle
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import save_bundle
 from medseg.cohort import Cohort, read_cohort
 from medseg.evaluate import step as evaluate_step
 from medseg.files import UserError, write_rows

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from medseg.bundle import Bundle, with_retest
+from medseg.bundle import Bundle
+from medseg.bundle_writing import with_retest
 from medseg.change import Retest, measure_retest
 from medseg.cohort import Case, Cohort
 from medseg.files import UserError

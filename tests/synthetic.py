@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medseg.bundle import save_bundle
+from medseg.bundle_writing import save_bundle
 from medseg.cohort import Case, Cohort, assign_splits, write_cohort
 from medseg.config import Config, load_config
 from medseg.data.phantom import SITES, draw_radiograph_parameters, render_radiograph

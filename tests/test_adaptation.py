@@ -9,7 +9,8 @@ import torch
 from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_radiograph_config
 
 from medseg import adaptation, calibrations
-from medseg.bundle import Bundle, load_bundle, read_weights, save_bundle
+from medseg.bundle import Bundle, load_bundle, read_weights
+from medseg.bundle_writing import save_bundle
 from medseg.cohort import Cohort, read_cohort, write_cohort
 from medseg.config import Config
 from medseg.evaluate.calibrate import CannotCalibrate

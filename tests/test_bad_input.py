@@ -55,7 +55,7 @@ def medseg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A segmentation cohort, a radiograph cohort, raw scans and a bundle; tests copy what they change."""
-    from medseg.bundle import save_bundle
+    from medseg.bundle_writing import save_bundle
     from medseg.models import build_from_config
     from medseg.train.planning import make_plan
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medseg.bundle import Bundle, load_bundle, read_weights, save_bundle
+from medseg.bundle import Bundle, load_bundle, read_weights
+from medseg.bundle_writing import save_bundle
 from medseg.config import Config, validate_config
 from medseg.files import UserError, read_json, sha256_file
 from medseg.models import build_from_config

@@ -8,7 +8,8 @@ import torch
 from synthetic import radiograph_cohort, tiny_radiograph_config
 
 from medseg import calibrations, road
-from medseg.bundle import Bundle, load_bundle, save_bundle, with_explanation
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import save_bundle, with_explanation
 from medseg.config import ExplainChecksConfig, ExplainConfig
 from medseg.explain.hooks import captured, stage_layers
 from medseg.explain.passmark import CHECKS

@@ -8,7 +8,8 @@ import pytest
 from synthetic import radiograph_cohort, tiny_radiograph_config
 
 from medseg import audits, calibrations, road, shelf
-from medseg.bundle import load_bundle, with_verdict
+from medseg.bundle import load_bundle
+from medseg.bundle_writing import with_verdict
 from medseg.cohort import Case, read_cohort, write_cohort
 from medseg.files import UserError, read_json, read_rows
 from medseg.images import read_image, write_png

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medseg.bundle import package_version
+from medseg.bundle_writing import package_version
 from medseg.config import CodeConfig
 from medseg.files import replacing
 from medseg.ingest.dicom_headers import read_dataset

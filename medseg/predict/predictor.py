@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from medseg.bundle import WEIGHTS, Bundle, read_weights
+from medseg.bundle import Bundle, read_weights
+from medseg.bundle_files import WEIGHTS
 from medseg.cohort import Finding
 from medseg.config import LungsConfig
 from medseg.data.lung_view import LungFields, LungView, visible

@@ -147,7 +147,9 @@ def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str |
 def _lungs(config: Config, folder: RunFolder) -> "LungView | None":
     """What a classifier of radiographs sees. Its lung model is copied into the run first: a run that goes on must not
     meet another model under the same name."""
-    from medseg.bundle import LUNGS, copy_bundle, load_bundle
+    from medseg.bundle import load_bundle
+    from medseg.bundle_files import LUNGS
+    from medseg.bundle_writing import copy_bundle
     from medseg.data.lung_view import load_lung_model
     from medseg.predict import lung_view
 

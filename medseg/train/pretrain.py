@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from medseg.bundle import write_weights
+from medseg.bundle_writing import write_weights
 from medseg.cohort import Cohort
 from medseg.config import Config, dump_config
 from medseg.data.batches import BatchSource

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medseg.bundle import Bundle, save_bundle
+from medseg.bundle import Bundle
+from medseg.bundle_writing import save_bundle
 from medseg.cohort import Case, Cohort
 from medseg.config import Config, TaskConfig, dump_config
 from medseg.data.batches import BatchSource

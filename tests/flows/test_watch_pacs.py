@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from flows.steps import predict_flow
 from flows.watch_pacs import watch_pacs_flow
 from medseg import pacs_watch
-from medseg.bundle import save_bundle
+from medseg.bundle_writing import save_bundle
 from medseg.cli import app
 from medseg.files import UserError, read_json
 from medseg.ingest.dicom_write import write_radiograph

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg.bundle import load_bundle, save_bundle
+from medseg.bundle import load_bundle
+from medseg.bundle_writing import save_bundle
 from medseg.config import validate_config
 from medseg.files import UserError
 from medseg.losses import WithLosses

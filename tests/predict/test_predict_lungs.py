@@ -12,7 +12,8 @@ from tiny_bundle import bundle, classifier, config
 from torch import Tensor, nn
 
 from medseg import audits
-from medseg.bundle import Bundle, load_bundle, with_verdict
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import with_verdict
 from medseg.cohort import Case, Cohort, write_cohort
 from medseg.config import Config, ExplainChecksConfig, ExplainConfig, ReportConfig, validate_config
 from medseg.data.cache import load_examples

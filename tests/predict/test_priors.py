@@ -9,7 +9,8 @@ import torch
 from tiny_bundle import bundle, config, plan
 from torch import Tensor, nn
 
-from medseg.bundle import Bundle, with_retest
+from medseg.bundle import Bundle
+from medseg.bundle_writing import with_retest
 from medseg.cohort import Case, Cohort, read_cohort, write_cohort
 from medseg.files import read_json
 from medseg.images import read_image, write_nifti

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from tiny_bundle import DENSENET, Threshold, config, plan
 
-from medseg.bundle import Bundle, load_bundle, save_bundle, with_verdict
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import save_bundle, with_verdict
 from medseg.cohort import Case
 from medseg.data.cache import Example
 from medseg.data.preprocess import prepare

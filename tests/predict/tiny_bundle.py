@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medseg.bundle import Bundle, load_bundle, save_bundle
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_writing import save_bundle
 from medseg.config import Config, validate_config
 from medseg.images import write_nifti
 from medseg.models import build_from_config
