@@ -31,14 +31,16 @@ class Yield:
 
 
 def fit_temperature(margin: ArrayLike, truth: ArrayLike) -> float:
-    """The temperature T > 0 that minimises the negative log-likelihood of sigmoid(margin / T).
+    """The temperature T > 0 that minimises the negative log-likelihood of sigmoid(margin / T) with smoothed targets.
 
     Guo et al. 2017 (arXiv:1706.04599), section 4.2; for two classes their softmax of two logits is this sigmoid of
-    their difference. T is kept within e^-5 to e^5, which separable data would leave.
+    their difference. The targets are those of `fit_platt`: with the classes themselves a few separable cases would make
+    every probability 0 or 1. T is kept within e^-5 to e^5.
     """
     z, y = _pair(margin, truth)
+    target = _smoothed(y)
     found = optimize.minimize_scalar(
-        lambda log_t: nll(sigmoid(z * math.exp(-log_t)), y), bounds=_LOG_TEMPERATURE, method="bounded",
+        lambda log_t: nll(sigmoid(z * math.exp(-log_t)), target), bounds=_LOG_TEMPERATURE, method="bounded",
         options={"xatol": 1e-6},
     )  # fmt: skip
     return math.exp(float(found.x))
@@ -53,8 +55,7 @@ def fit_platt(margin: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
         ValueError: the slope is not positive: the scores run against the known classes.
     """
     z, y = _pair(margin, truth)
-    positives = y.sum()
-    target = np.where(y > 0, (positives + 1) / (positives + 2), 1 / (len(y) - positives + 2))
+    target, positives = _smoothed(y), y.sum()
     unit = float(z.std()) or 1.0
 
     def loss(parameters: Array) -> tuple[float, Array]:
@@ -68,6 +69,13 @@ def fit_platt(margin: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     if slope <= 0:
         raise ValueError(f"the slope is {slope:.3g}: higher scores go with the negative class")
     return slope, shift
+
+
+def _smoothed(truth: Array) -> Array:
+    """Targets in place of 0 and 1 (Platt 1999)."""
+    positives = float(truth.sum())
+    target: Array = np.where(truth > 0, (positives + 1) / (positives + 2), 1 / (len(truth) - positives + 2))
+    return target
 
 
 def fit_isotonic(margin: ArrayLike, truth: ArrayLike) -> tuple[tuple[float, float], ...]:

@@ -33,6 +33,13 @@ def test_a_planted_temperature_is_found(temperature: float) -> None:
         assert calibration.brier(after, truth) < calibration.brier(before, truth)
 
 
+def test_a_few_separable_cases_do_not_make_every_probability_certain() -> None:
+    margin = np.array([-3.0, -2.0, -4.0, 2.0, 3.0, 5.0])
+    after = sigmoid(margin / calibration.fit_temperature(margin, margin > 0))
+    assert after.max() < 0.95
+    assert after.min() > 0.05
+
+
 def test_slope_and_shift_are_found_where_the_prevalence_differs() -> None:
     margin, truth = _cases(2.0, shift=1.5)
     slope, shift = calibration.fit_platt(margin, truth)
