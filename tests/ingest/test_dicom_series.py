@@ -1,6 +1,9 @@
 """DICOM series: what is written is what is read; what cannot be one volume is refused with its numbers."""
 
 import random
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +28,8 @@ from medseg.ingest.sources import discover, read_source
 from medseg.volume import Volume, to_canonical
 
 KEY = b"k" * 32
-SERIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "dicom" / "series"
+ROOT = Path(__file__).resolve().parents[2]
+SERIES = ROOT.parent / "shared" / "data" / "dicom" / "series"
 needs_shared = [
     pytest.mark.shared_data,
     pytest.mark.skipif(not SERIES.is_dir(), reason="the real scans (../shared/data) are not here"),
@@ -344,6 +348,18 @@ PLAIN = [
 def test_dcm2niix_agrees_about_real_series(tmp_path: Path, name: str) -> None:
     (theirs,) = dcm2niix_volumes(SERIES / name, tmp_path / "out")
     assert_same_volume(read_one(SERIES / name).channels[0], theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [pytest.param(SERIES.parent, marks=needs_shared)])
+def test_every_series_compares_with_dcm2niix_as_the_page_says(tmp_path: Path, folder: Path) -> None:
+    page = ROOT / "docs" / "dicom_conformance.md"
+    made = shutil.copyfile(page, tmp_path / "page.md")
+    command = [sys.executable, "-m", "benchmarks.dicom_conformance", str(folder), "--out", str(made)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert made.read_text() == page.read_text()
+    differing = [line for line in page.read_text().splitlines() if "| **no** |" in line]
+    assert all(line.split("|")[-2].strip() for line in differing), "a difference needs its explanation"
 
 
 @pytest.mark.parametrize(
