@@ -10,7 +10,7 @@ from medseg import calibrations, road
 from medseg.bundle import load_bundle
 from medseg.cohort import Cohort, read_cohort, write_cohort
 from medseg.config import load_config
-from medseg.files import read_json, read_rows, write_text
+from medseg.files import read_json, read_rows
 from medseg.ingest.fetch import case_rows, write_case_table
 from medseg.ingest.manifests import find_manifest
 from medseg.result import Result
@@ -33,7 +33,6 @@ SETTINGS = (
 
 def _ingest(place: Path, count: int) -> Path:
     """A cohort by the way that the manifest describes."""
-    write_text(place / "pseudonym.key", "5a" * 32)  # the split follows from the pseudonyms
     root = pneumonia_radiographs(place / "data", count)
     layout = find_manifest("covid19_radiography").layout
     table = write_case_table(layout, case_rows(layout, root), root)

@@ -9,7 +9,7 @@ import pytest
 from medseg import comparison, road
 from medseg.bundle import load_bundle
 from medseg.data.phantom import draw_radiographs, render_radiograph
-from medseg.files import UserError, read_json, read_rows, write_rows, write_text
+from medseg.files import UserError, read_json, read_rows, write_rows
 from medseg.images import write_png
 
 COUNT, SIZE = 28, 96
@@ -52,7 +52,6 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_lungs_are_learnt_and_what_they_leave_is_classified(scans: Path, tmp_path: Path) -> None:
     place, cohorts = tmp_path / "workspace", {}
-    write_text(place / "pseudonym.key", "5a" * 32)  # the split follows from the pseudonyms
     for config in ("lungs", "tb_lungs_convex"):
         cohorts[config] = place / "cohorts" / config
         made = road.ingest([str(scans)], cohorts[config], scans / "cases.csv", config, [SPLIT], place)

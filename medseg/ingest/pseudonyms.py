@@ -62,6 +62,10 @@ def is_pseudonym(name: str) -> bool:
     return _PSEUDONYM.match(name) is not None
 
 
+def _new_key() -> str:
+    return secrets.token_hex(_KEY_BYTES)
+
+
 def _create(path: Path) -> None:
     """Create the file whole or not at all; of two processes at once one wins and both then read its key."""
     if path.exists():
@@ -70,7 +74,7 @@ def _create(path: Path) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(_KEY_BYTES) + "\n")
+            file.write(_new_key() + "\n")
             file.flush()
             os.fsync(file.fileno())
         try:

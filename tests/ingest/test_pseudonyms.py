@@ -1,12 +1,19 @@
 """Pseudonyms are stable under one key and unrelated under another; the key is private and never replaced."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from medseg.files import UserError
+from medseg.ingest import pseudonyms
 from medseg.ingest.pseudonyms import load_key, pseudonym
+
+
+@pytest.fixture(autouse=True)
+def new_keys(monkeypatch: pytest.MonkeyPatch, true_new_key: Callable[[], str]) -> None:
+    monkeypatch.setattr(pseudonyms, "_new_key", true_new_key)
 
 
 def test_the_key_is_made_once_and_private(tmp_path: Path) -> None:
@@ -15,6 +22,7 @@ def test_the_key_is_made_once_and_private(tmp_path: Path) -> None:
     assert len(key) == 32
     assert path.stat().st_mode & 0o777 == 0o600
     assert load_key(path) == key
+    assert load_key(tmp_path / "another") != key
     assert [p.name for p in path.parent.iterdir()] == ["key"]
 
 

@@ -130,7 +130,8 @@ def test_a_layer_is_explained_where_it_saw_the_whole_image() -> None:
 
 
 def test_bf16_is_close_to_fp32() -> None:
-    net, x = build().eval(), image()
+    # Sides that leave the deepest layer four positions: oneDNN's bf16 kernels read unwritten memory at two.
+    net, x = build().eval(), image(side=64)
     with torch.no_grad():
         exact = net(x)
         with torch.autocast("cpu", torch.bfloat16):
