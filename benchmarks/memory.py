@@ -4,6 +4,7 @@
     python -m benchmarks.memory modes --size 96 --blocks 2 4 16          store, checkpoint and reversible side by side
     python -m benchmarks.memory limits --budget-gib 4                    largest volume, deepest, widest that trains
     python -m benchmarks.memory whole --images flair.nii.gz t1c.nii.gz --label seg.nii.gz    4 × 240 × 240 × 155
+    python -m benchmarks.memory kept --blocks 2 4 16                     bytes a voxel kept for the backward pass
     python -m benchmarks.memory depthwise                                torch's depthwise convolution and medseg's
 
 A row is one or more training steps (Dice and cross-entropy, AdamW, batch 1, 4 channels in, 3 classes). Its peak is the
@@ -199,6 +200,29 @@ def said(found: tuple[int, dict[str, Any]] | None, unit: str = "") -> str:
     return f"{found[0]}{unit} ({found[1]['peak_gib']:.2f} GiB, {found[1]['step_s']:.1f} s)"
 
 
+def kept_table(options: argparse.Namespace) -> None:
+    """What the forward pass keeps for the backward pass, per voxel of the image: it grows with the volume alone."""
+    import torch
+
+    print("| blocks per level | memory | kept (bytes a voxel) |\n|---|---|---|")
+    for blocks in options.blocks_list:
+        for mode in options.modes:
+            net = build(OURS, mode, options.widths, blocks, options.chunks, options.block).train()
+            parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+            kept: dict[int, Any] = {}
+
+            def pack(saved: Any, kept: dict[int, Any] = kept) -> Any:
+                kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage()  # kept, so none recurs
+                return saved
+
+            image, _ = tensors(options)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+                logits = net(image)
+            total = sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
+            print(f"| {blocks} | {mode} | {total / image[0, 0].numel():.0f} |", flush=True)
+            del logits
+
+
 def depthwise_table(options: argparse.Namespace) -> None:
     """Best of five of a forward and a backward pass, for one chunk's channels and for a whole expansion."""
     import torch
@@ -245,7 +269,7 @@ def _pulled(y: Any, *leaves: Any) -> object:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("row", "modes", "limits", "whole", "depthwise"))
+    parser.add_argument("what", choices=("row", "modes", "limits", "whole", "kept", "depthwise"))
     parser.add_argument("--network", choices=(OURS, *MONAI), default=OURS)
     parser.add_argument("--mode", choices=MODES, default="reversible")
     parser.add_argument("--size", type=int, default=96, help="side of the cube")
@@ -282,7 +306,8 @@ def main() -> None:
     if options.what in ("row", "whole"):
         print(json.dumps(row(options) or {"fits": False}))
     else:
-        {"modes": modes_table, "limits": limits_table, "depthwise": depthwise_table}[options.what](options)
+        tables = {"modes": modes_table, "limits": limits_table, "kept": kept_table, "depthwise": depthwise_table}
+        tables[options.what](options)
 
 
 if __name__ == "__main__":
