@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from medseg.adaptation import load_batches
 from medseg.bundle import Bundle, load_bundle
-from medseg.cohort import Cohort, assign_splits, read_cohort
+from medseg.cohort import Cohort, read_cohort
 from medseg.config import Config, load_config
 from medseg.evaluate.scoring import Scorer
 from medseg.models.batch_norm import batch_norms, reestimate
 from medseg.predict import load_network, view_of
 from medseg.runs import create_run, find_run
+from medseg.splits import assign_splits
 from medseg.statistics import Estimate, aucs, bootstrap_rows
 from medseg.tracking import track
 from medseg.train import step

@@ -12,7 +12,7 @@ from typing import Any
 
 from medseg.bundle import Bundle, load_bundle, read_weights
 from medseg.bundle_writing import check_target, copy_bundle, save_bundle
-from medseg.cohort import Cohort, take_fold
+from medseg.cohort import Cohort
 from medseg.config import Config, dump_config
 from medseg.evaluate import cross_validation, earned, trust
 from medseg.evaluate import step as evaluate_step
@@ -24,6 +24,7 @@ from medseg.predict import postprocess
 from medseg.predict import step as predict_step
 from medseg.result import Result
 from medseg.runs import RunFolder, create_run, find_run
+from medseg.splits import take_fold
 from medseg.tracking import Tracker, track
 
 EVALUATED = Path("evaluation") / "val"

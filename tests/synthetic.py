@@ -8,12 +8,13 @@ import torch
 from numpy.typing import NDArray
 
 from medseg.bundle_writing import save_bundle
-from medseg.cohort import Case, Cohort, assign_splits, write_cohort
+from medseg.cohort import Case, Cohort, write_cohort
 from medseg.config import Config, load_config
 from medseg.data.phantom import SITES, draw_radiograph_parameters, render_radiograph
 from medseg.images import write_nifti, write_png
 from medseg.models import build_from_config
 from medseg.plan import Plan
+from medseg.splits import assign_splits
 from medseg.verdict import Verdict
 from medseg.volume import Volume
 

@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg.cohort import (
-    Case,
-    Cohort,
-    Finding,
-    Reject,
-    assign_splits,
-    check_cases,
-    read_cohort,
-    verify_cohort,
-    write_cohort,
-)
+from medseg.cohort import Case, Cohort, Finding, Reject, check_cases, read_cohort, verify_cohort, write_cohort
 from medseg.files import UserError
+from medseg.splits import assign_splits
 
 CASE = Case(
     case_id="a",

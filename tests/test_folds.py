@@ -12,7 +12,7 @@ from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_
 
 from medseg import calibrations, folds, road
 from medseg.bundle import load_bundle
-from medseg.cohort import Case, Cohort, assign_folds, read_cohort, take_fold
+from medseg.cohort import Case, Cohort, read_cohort
 from medseg.files import UserError, read_json, read_rows
 from medseg.ledger import read_ledger
 from medseg.models.ensemble import Ensemble
@@ -22,6 +22,7 @@ from medseg.predict import step as predict_step
 from medseg.report import step as report_step
 from medseg.result import Result
 from medseg.runs import find_run, read_run
+from medseg.splits import assign_folds, take_fold
 from medseg.volume import Volume
 
 SETS = ("train.folds=2", "train.epochs=8", "train.learning_rate=0.02", "train.ema_decay=0.9", "explain.max_cases=1")

@@ -11,12 +11,13 @@ from synthetic import tiny_config, tiny_radiograph_config, two_mark_radiographs
 
 from medseg import calibrations, road, shelf
 from medseg.bundle import load_bundle
-from medseg.cohort import Case, Cohort, assign_folds, assign_splits, check_cases, read_cohort
+from medseg.cohort import Case, Cohort, check_cases, read_cohort
 from medseg.config import Config
 from medseg.files import UserError, read_json, read_rows
 from medseg.label_sets import call_labels, read_set, write_set
 from medseg.predict.pyfunc import PathModel
 from medseg.result import Result
+from medseg.splits import assign_folds, assign_splits
 from medseg.train.step import check_cohort
 
 LABELS = {"lower": 0, "upper": 1}

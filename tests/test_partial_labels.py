@@ -8,12 +8,13 @@ from synthetic import TINY, contoured, headneck_lookalike
 
 from medseg import folds, road
 from medseg.bundle import load_bundle
-from medseg.cohort import read_cohort, take_fold
+from medseg.cohort import read_cohort
 from medseg.config import Config, load_config
 from medseg.data.cache import load_examples
 from medseg.files import read_json, read_rows
 from medseg.result import Result
 from medseg.runs import find_run
+from medseg.splits import take_fold
 from medseg.train.planning import make_plan
 
 SETS = (*TINY, "device=cpu", "explain.max_cases=0", "report.viewer_cases=0", "tracking.register_as=''")

@@ -15,7 +15,7 @@ from medseg.cohort import Cohort, read_cohort, verify_cohort
 from medseg.config import Config, validate_config
 from medseg.files import UserError, read_rows
 from medseg.images import read_image
-from medseg.ingest import step
+from medseg.ingest import case_maker
 from medseg.ingest.dicom_write import write_radiograph, write_series
 from medseg.ingest.step import run
 from medseg.result import Result
@@ -277,7 +277,7 @@ def test_what_changed_is_read_again_and_what_is_gone_is_removed(tmp_path: Path) 
 def test_a_killed_ingest_goes_on_and_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = dataset(tmp_path / "d", 6)
     whole, _ = ingest(seg(), root, tmp_path / "whole")
-    write, calls = step.write_nifti, []
+    write, calls = case_maker.write_nifti, []
 
     def dying(path: Path, volume: Volume) -> Path:
         calls.append(path)
@@ -285,7 +285,7 @@ def test_a_killed_ingest_goes_on_and_ends_alike(tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         return write(path, volume)
 
-    monkeypatch.setattr(step, "write_nifti", dying)
+    monkeypatch.setattr(case_maker, "write_nifti", dying)
     with pytest.raises(KeyboardInterrupt):
         run(seg(), [root], tmp_path / "out", key=KEY)
     assert not (tmp_path / "out" / "cohort.json").exists()
