@@ -1,7 +1,10 @@
 """`medseg models prune`: what each level of a trained U-Net++ is worth, and the smallest that is good enough."""
 
+import ctypes
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from medseg.folds import as_trained
 from medseg.models.unetpp import UNetPP
 from medseg.predict import Predictor
 from medseg.predict import step as predict_step
+from medseg.predict.windows import peak_over_start
 from medseg.result import Result
 from medseg.runs import find_run
 
@@ -26,13 +30,15 @@ _TIMED_RUNS = 5
 
 @dataclass(frozen=True)
 class Level:
-    """One row of the table. `gflop` and `window_ms` are of one inference window of the plan's patch size, on the
-    device at hand; `mean_dice` is over the classes of the split."""
+    """One row of the table. `gflop`, `window_ms` and `window_mb` (1e6 bytes: what the pass takes at its peak beside
+    weights and image) are of one inference window of the plan's patch size, on the device at hand; `mean_dice` is over
+    the classes of the split."""
 
     level: int
     parameters: int
     gflop: float
     window_ms: float
+    window_mb: float
     mean_dice: float
 
 
@@ -52,9 +58,13 @@ def run(model: str, cohort_dir: Path, workspace: Path, *, max_dice_loss: float =
             "train one with model.name 'unetpp' and model.deep_supervision true."
         )
     out = find_run(workspace, bundle.run_id).path / "pruned"
+    nets = [whole.net.prune_to(level) for level in range(1, whole.net.config.depth + 1)]
+    costs = _costs(nets, (len(bundle.config.task.channels), *bundle.plan.patch_size))
     levels = [
-        _measure(bundle, cohort, split, whole.net.prune_to(level), level, out)
-        for level in range(1, whole.net.config.depth + 1)
+        Level(
+            level, sum(p.numel() for p in net.parameters()), *cost, _mean_dice(bundle, cohort, split, net, level, out)
+        )
+        for level, (net, cost) in enumerate(zip(nets, costs, strict=True), start=1)
     ]
     chosen = next(level for level in levels if levels[-1].mean_dice - level.mean_dice <= max_dice_loss)
     net = whole.net.prune_to(chosen.level)
@@ -76,7 +86,11 @@ def run(model: str, cohort_dir: Path, workspace: Path, *, max_dice_loss: float =
     return Result("models", "done", paths, figures, bundle.run_id, rows=rows).write(out)
 
 
-def _measure(bundle: Bundle, cohort: Cohort, split: str, net: UNetPP, level: int, out: Path) -> Level:
+def _size(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def _mean_dice(bundle: Bundle, cohort: Cohort, split: str, net: UNetPP, level: int, out: Path) -> float:
     folder = out / f"level_{level}"
     predict_step.run(bundle, cohort, folder / "predictions", split=split, predictor=Predictor(bundle, net=net))
     measured = evaluate_step.run(
@@ -88,21 +102,34 @@ def _measure(bundle: Bundle, cohort: Cohort, split: str, net: UNetPP, level: int
         labels=bundle.config.task.labels,
         kind="segmentation",
     )
-    gflop, window_ms = _cost(net, (len(bundle.config.task.channels), *bundle.plan.patch_size))
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    return Level(level, parameters, gflop, window_ms, float(str(measured.figures["mean_dice"])))
+    return float(str(measured.figures["mean_dice"]))
 
 
 @torch.inference_mode()
-def _cost(net: nn.Module, shape: tuple[int, ...]) -> tuple[float, float]:
-    """GFLOP and median milliseconds of one window."""
-    net.eval()
-    image = torch.zeros(1, *shape, device=next(net.parameters()).device)
-    with FlopCounterMode(display=False) as counter:
-        net(image)
-    seconds = []
-    for _ in range(_TIMED_RUNS):
-        start = time.perf_counter()
-        net(image).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return round(counter.get_total_flops() / 1e9, 3), round(1000 * statistics.median(seconds), 1)
+def _costs(nets: Sequence[nn.Module], shape: tuple[int, ...]) -> list[tuple[float, float, float]]:
+    """GFLOP, median milliseconds and peak MB of one window for each network; they take turns, so that a change of the
+    machine's load meets all."""
+    device = next(nets[0].parameters()).device
+    image = torch.zeros(1, *shape, device=device)
+    gflop = []
+    for net in nets:
+        with FlopCounterMode(display=False) as counter:
+            net.eval()(image)
+        gflop.append(counter.get_total_flops() / 1e9)
+    seconds, peaks = [[0.0] * _TIMED_RUNS for _ in nets], [0.0] * len(nets)
+    for turn in range(_TIMED_RUNS):
+        for index, net in enumerate(nets):
+            start = time.perf_counter()
+            net(image).sum().item()
+            seconds[index][turn] = time.perf_counter() - start
+    for index, net in enumerate(nets):
+        with suppress(OSError, AttributeError):  # without glibc
+            ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would hide a part of the peak
+        with peak_over_start(device) as peak:
+            logits = net(image)
+        del logits
+        peaks[index] = peak.gb
+    return [
+        (round(count, 3), round(1000 * statistics.median(took), 1), round(1000 * gb, 1))
+        for count, took, gb in zip(gflop, seconds, peaks, strict=True)
+    ]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from synthetic import segmentation_cohort, tiny_config
+from torch import nn
 
 from medseg import pruning, road
 from medseg.bundle import load_bundle
@@ -39,6 +40,14 @@ def test_deep_supervision_trains_and_the_smallest_level_inside_the_limit_is_save
     image = torch.randn(1, 1, 16, 16, 16)
     with torch.inference_mode():
         assert torch.equal(small(image), whole(image, level=1)), "the bundle is head 1 of the whole network"
+
+
+def test_a_level_s_cost_is_measured() -> None:
+    small, large = nn.Conv3d(1, 4, 3), nn.Conv3d(1, 64, 3)
+    (gflop, _, least_mb), (more_gflop, ms, mb) = pruning._costs([small, large], (1, 64, 64, 64))
+    assert more_gflop == pytest.approx(16 * gflop, rel=0.01) == pytest.approx(2e-9 * 27 * 64 * 62**3, rel=0.01)
+    assert mb >= 0.9 * 4e-6 * 64 * 62**3 > least_mb
+    assert ms > 0
 
 
 def test_no_loss_allowed_keeps_a_level_as_good_as_the_whole(trained: tuple[Path, str, Path]) -> None:

@@ -183,7 +183,7 @@ def _sweep_windows(
     device, even = answers.device, answers.even
     for batch in _batches(sweep.windows(), even, window_batch):
         if reduction is None:
-            with _peak_over_start(device) as peak:
+            with peak_over_start(device) as peak:
                 logits = answers.of(batch)
             label_type(logits.shape[1])
             count = math.prod(len(axis.starts) for axis in sweep.axes)
@@ -260,7 +260,7 @@ class _Peak:
 
 
 @contextmanager
-def _peak_over_start(device: torch.device) -> Iterator[_Peak]:
+def peak_over_start(device: torch.device) -> Iterator[_Peak]:
     """Memory that the block takes at its peak beyond what there was before: allocated on a GPU, resident on a CPU.
 
     What other threads take in the meantime counts too.
@@ -277,14 +277,18 @@ def _peak_over_start(device: torch.device) -> Iterator[_Peak]:
     process = psutil.Process()
     before = process.memory_info().rss
 
+    def look() -> None:
+        peak.gb = max(peak.gb, (process.memory_info().rss - before) / 1e9)
+
     def watch() -> None:
         while not peak._stop.wait(0.001):
-            peak.gb = max(peak.gb, (process.memory_info().rss - before) / 1e9)
+            look()
 
     watcher = threading.Thread(target=watch, name="memory", daemon=True)
     watcher.start()
     try:
         yield peak
+        look()
     finally:
         peak._stop.set()
         watcher.join()
