@@ -49,18 +49,24 @@ def summarise(values: Sequence[float], patients: Sequence[str], *, seed: int = 0
     return Summary(float(array.mean()), deviation, float(np.median(array)), low, high, len(array))
 
 
-def bootstrap(statistic: Statistic, patients: Sequence[str], *, seed: int = 0) -> Estimate:
+def bootstrap(statistic: Statistic, patients: Sequence[str], *, centred: bool = False, seed: int = 0) -> Estimate:
     """Percentile bootstrap over patients (Efron 1979), 2000 draws.
 
     Args:
         statistic: figure of the cases under non-negative weights (n,): how often each case was drawn. A draw for
             which it raises ValueError (a class is missing from it) or returns NaN is left out.
         patients: (n,) to whom each case belongs; all cases of a patient are drawn together.
+        centred: moves the draws so that their mean is the figure, and the lower bound up to 0: for one that is never
+            negative and grows with the noise of a draw, whose interval could lie above the figure itself.
         seed: of the draws; the same seed gives the same interval.
     """
-    found = [_tried(statistic, weights) for weights in _draw_weights(patients, seed)]
-    low, high = _percentiles(np.asarray(found)) if found else (math.nan, math.nan)
-    return Estimate(_tried(statistic, np.ones(len(patients))), low, high, len(patients))
+    value = _tried(statistic, np.ones(len(patients)))
+    found = np.array([_tried(statistic, weights) for weights in _draw_weights(patients, seed)])
+    low, high = _percentiles(found)
+    if centred and not math.isnan(low):
+        noise = float(np.nanmean(found)) - value
+        low, high = max(0.0, low - noise), high - noise
+    return Estimate(value, low, high, len(patients))
 
 
 def bootstrap_auc(truth: ArrayLike, score: ArrayLike, patients: Sequence[str], *, seed: int = 0) -> Estimate:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,12 @@ from medseg.cohort import Case, Cohort
 from medseg.config import VerdictConfig
 from medseg.data.lung_view import LungView
 from medseg.evaluate.calibration import (
-    brier,
     cases_to_halve,
     choose_threshold,
-    ece,
     fit_isotonic,
     fit_platt,
     fit_temperature,
-    nll,
+    quality,
     rates,
     reliability,
     yield_at,
@@ -29,7 +26,7 @@ from medseg.evaluate.scoring import Scorer
 from medseg.evaluate.subgroups import auc, read_groups, tabulate
 from medseg.files import UserError
 from medseg.plan import Plan
-from medseg.statistics import Estimate, bootstrap
+from medseg.statistics import Estimate
 from medseg.verdict import Method, Verdict, margins, sigmoid
 
 ISOTONIC_FROM = 500
@@ -191,12 +188,4 @@ def operating_point(probs: Array, truth: NDArray[np.bool_], threshold: float, co
         "referral_rate": asdict(Estimate(middle.referral_rate, fewest.referral_rate, most.referral_rate, n)),
         "ppv": asdict(Estimate(middle.ppv, worse.ppv, better.ppv, n)),
         "npv": asdict(Estimate(middle.npv, worse.npv, better.npv, n)),
-    }
-
-
-def quality(probs: Array, truth: NDArray[np.bool_], patients: Sequence[str]) -> dict[str, Any]:
-    """Calibration error, Brier score and negative log-likelihood with intervals over patients."""
-    return {
-        name: asdict(bootstrap(partial(figure, probs, truth), patients, seed=_SEED))
-        for name, figure in (("ece", ece), ("brier", brier), ("nll", nll))
     }

@@ -5,13 +5,15 @@ Throughout, `truth` is (n,) 0 or 1, `margin` (n,) log odds as the network gives 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from medseg.statistics import Estimate
+from medseg.statistics import Estimate, bootstrap
 from medseg.verdict import sigmoid
 
 Array = NDArray[np.float64]
@@ -200,3 +202,14 @@ def _pair(margin: ArrayLike, truth: ArrayLike) -> tuple[Array, Array]:
 def _weighted(probs: ArrayLike, truth: ArrayLike, weights: ArrayLike | None) -> tuple[Array, Array, Array]:
     p, y = np.asarray(probs, dtype=np.float64), np.asarray(truth).astype(np.float64)
     return p, y, np.ones(len(p)) if weights is None else np.asarray(weights, dtype=np.float64)
+
+
+def quality(
+    probs: ArrayLike, truth: ArrayLike, patients: Sequence[str], *, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Calibration error, Brier score and negative log-likelihood with intervals over patients."""
+    return {
+        "ece": asdict(bootstrap(partial(ece, probs, truth), patients, centred=True, seed=seed)),
+        "brier": asdict(bootstrap(partial(brier, probs, truth), patients, seed=seed)),
+        "nll": asdict(bootstrap(partial(nll, probs, truth), patients, seed=seed)),
+    }

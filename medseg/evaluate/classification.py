@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.cohort import Case
-from medseg.evaluate.calibration import brier, ece, nll, reliability
+from medseg.evaluate.calibration import quality, reliability
 from medseg.evaluate.outcomes import Outcome, read_result, reason_of
 from medseg.files import UserError
 from medseg.metrics import confusion, roc_curve
@@ -160,10 +160,7 @@ def _calibration(
     if not len(outcomes):
         return None
     patients = [outcome.case.patient_id for outcome in outcomes]
-    found: dict[str, object] = {"reliability": reliability(probs, truth)}
-    for name, figure in (("ece", ece), ("brier", brier), ("nll", nll)):
-        found[name] = asdict(bootstrap(partial(figure, probs, truth), patients, seed=seed))
-    return found
+    return {"reliability": reliability(probs, truth), **quality(probs, truth, patients, seed=seed)}
 
 
 def _share(hits: NDArray[np.bool_], among: NDArray[np.bool_], patients: Sequence[str], seed: int) -> Estimate:

@@ -1,6 +1,7 @@
 """Calibration and operating points against known answers."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from medseg.config import VerdictConfig
 from medseg.evaluate import calibrate, calibration
 from medseg.evaluate.subgroups import read_groups
 from medseg.files import UserError
+from medseg.statistics import bootstrap
 from medseg.verdict import Verdict, margins, read_verdict, sigmoid, write_verdict
 
 
@@ -178,3 +180,16 @@ def test_groups_come_from_the_cohort_and_the_table_beside_it(tmp_path) -> None: 
     (tmp_path / "attributes.csv").write_text("case_id,age\nc0,old\nc1,18\n")
     with pytest.raises(UserError, match="'old'"):
         read_groups(cohort, cases)
+
+
+def test_the_interval_of_a_calibration_error_contains_it() -> None:
+    """A draw's noise only adds to it, so that percentiles of the draws alone may lie above the figure."""
+    rng, above = np.random.default_rng(0), 0
+    for _ in range(10):
+        probs = rng.uniform(size=100)
+        truth = rng.uniform(size=100) < probs
+        patients = [str(i) for i in range(100)]
+        found = calibration.quality(probs, truth, patients)["ece"]
+        assert 0 <= found["ci_low"] <= found["value"] <= found["ci_high"]
+        above += bootstrap(partial(calibration.ece, probs, truth), patients).ci_low > found["value"]
+    assert above > 0
