@@ -40,7 +40,7 @@ MONAI = ("UNet", "CheckpointUNet", "DynUNet", "SegResNet")
 def build(network: str, mode: str, widths: Sequence[int], blocks: int, chunks: int, block: str) -> Any:
     """The network of a row; `blocks` per level where it can be chosen, residual units in MONAI's U-Nets."""
     import torch
-    from monai.networks import nets
+    from monai.networks.nets.unet import CheckpointUNet, UNet
 
     from medseg.models import build_model
 
@@ -53,7 +53,7 @@ def build(network: str, mode: str, widths: Sequence[int], blocks: int, chunks: i
         )
     if network in ("UNet", "CheckpointUNet"):
         shape = {"channels": widths, "strides": (2,) * (levels - 1), "num_res_units": blocks, "norm": "instance"}
-        return getattr(nets, network)(spatial_dims=3, **ends, **shape)
+        return (UNet if network == "UNet" else CheckpointUNet)(spatial_dims=3, **ends, **shape)
     if network == "DynUNet":
         return build_model("dynunet", spatial_dims=3, **ends, channels=tuple(widths))
     shape = {"blocks_down": (blocks,) * levels, "blocks_up": (blocks,) * (levels - 1)}
