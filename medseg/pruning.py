@@ -61,13 +61,11 @@ def run(model: str, cohort_dir: Path, workspace: Path, *, max_dice_loss: float =
     nets = [whole.net.prune_to(level) for level in range(1, whole.net.config.depth + 1)]
     costs = _costs(nets, (len(bundle.config.task.channels), *bundle.plan.patch_size))
     levels = [
-        Level(
-            level, sum(p.numel() for p in net.parameters()), *cost, _mean_dice(bundle, cohort, split, net, level, out)
-        )
+        Level(level, _size(net), *cost, _mean_dice(bundle, cohort, split, net, level, out))
         for level, (net, cost) in enumerate(zip(nets, costs, strict=True), start=1)
     ]
     chosen = next(level for level in levels if levels[-1].mean_dice - level.mean_dice <= max_dice_loss)
-    net = whole.net.prune_to(chosen.level)
+    net = nets[chosen.level - 1]
     saved = save_bundle(
         out / "bundle",
         state_dict={name: value.cpu() for name, value in net.state_dict().items()},
@@ -111,24 +109,24 @@ def _costs(nets: Sequence[nn.Module], shape: tuple[int, ...]) -> list[tuple[floa
     machine's load meets all."""
     device = next(nets[0].parameters()).device
     image = torch.zeros(1, *shape, device=device)
-    gflop = []
+    gflop, peaks = [], []
+    seconds: list[list[float]] = [[] for _ in nets]
     for net in nets:
         with FlopCounterMode(display=False) as counter:
             net.eval()(image)
         gflop.append(counter.get_total_flops() / 1e9)
-    seconds, peaks = [[0.0] * _TIMED_RUNS for _ in nets], [0.0] * len(nets)
-    for turn in range(_TIMED_RUNS):
-        for index, net in enumerate(nets):
+    for _ in range(_TIMED_RUNS):
+        for net, took in zip(nets, seconds, strict=True):
             start = time.perf_counter()
             net(image).sum().item()
-            seconds[index][turn] = time.perf_counter() - start
-    for index, net in enumerate(nets):
+            took.append(time.perf_counter() - start)
+    for net in nets:
         with suppress(OSError, AttributeError):  # without glibc
             ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would hide a part of the peak
         with peak_over_start(device) as peak:
             logits = net(image)
         del logits
-        peaks[index] = peak.gb
+        peaks.append(peak.gb)
     return [
         (round(count, 3), round(1000 * statistics.median(took), 1), round(1000 * gb, 1))
         for count, took, gb in zip(gflop, seconds, peaks, strict=True)
