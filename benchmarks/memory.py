@@ -13,7 +13,7 @@ and the allocated memory on a GPU. `step_s` is the last step's time.
 
 glibc serves blocks below a threshold that grows up to 32 MiB from a heap that it hardly gives back, which can double
 the resident set of a step on a CPU; `--mmap-mib` fixes the threshold (MALLOC_MMAP_THRESHOLD_), at the price of page
-faults, which `--huge-pages` makes fewer. Peaks with and without are figures of the same computation.
+faults, of which there are more with `--small-pages`. Peaks with and without are figures of the same computation.
 
 In `limits` a row fails when its peak is above the budget, or when it asks for a quarter more than that: then
 the system refuses, so that no other process suffers. Sides are multiples of 16, and widths of those of the smallest.
@@ -127,7 +127,7 @@ def volume(path: Path) -> Any:
 def row(options: argparse.Namespace, **changes: object) -> dict[str, Any] | None:
     """`measure` in a fresh process with some options changed; None when it does not fit."""
     order = {**vars(options), **changes}
-    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1" if order["huge_pages"] else "0"}
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0" if order["small_pages"] else "1"}
     if order["mmap_mib"] is not None:
         environment["MALLOC_MMAP_THRESHOLD_"] = str(int(order["mmap_mib"] * 2**20))
     command = [sys.executable, "-m", "benchmarks.memory", "measured"]
@@ -287,7 +287,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="*", choices=MONAI, default=list(MONAI), help="of MONAI, for limits")
     parser.add_argument("--images", type=Path, nargs="+", help="NIfTI volumes of one shape; repeated up to 4 channels")
     parser.add_argument("--label", type=Path, help="their NIfTI label map")
-    parser.add_argument("--huge-pages", action="store_true", help="torch asks for 2 MiB pages (THP_MEM_ALLOC_ENABLE)")
+    parser.add_argument("--small-pages", action="store_true", help="without medseg's setting THP_MEM_ALLOC_ENABLE")
     parser.add_argument("--mmap-mib", type=float, help="blocks from this size on go back to the system when freed")
     parser.set_defaults(refuse_gib=None)
     options = parser.parse_args()
