@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-_ONEDNN = {torch.float32, torch.bfloat16}  # in fp64 torch computes by itself
+from medseg.models.layout import ONEDNN, fast_on_cpu
+
 _CONV = {2: functional.conv2d, 3: functional.conv3d}
 
 
@@ -44,7 +44,7 @@ class DepthwiseConv(nn.Module):
 def depthwise(x_BCDHW: Tensor, weight_C1333: Tensor) -> Tensor:
     """x convolved channel by channel with `weight_C1333` (C, 1, 3, 3, 3; C133 for 2D), in the dtype of x."""
     weight = weight_C1333.to(x_BCDHW.dtype)
-    if x_BCDHW.device.type == "cpu" and x_BCDHW.dtype in _ONEDNN:
+    if x_BCDHW.device.type == "cpu" and x_BCDHW.dtype in ONEDNN:
         return cast(Tensor, _Depthwise.apply(x_BCDHW, weight))  # type: ignore[no-untyped-call]
     return _CONV[x_BCDHW.ndim - 2](x_BCDHW, weight, padding=1, groups=x_BCDHW.shape[1])
 
@@ -55,27 +55,21 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BCDHW: Tensor, weight_C1333: Tensor) -> Tensor:
         ctx.save_for_backward(x_BCDHW, weight_C1333)
-        return _convolved(_last(x_BCDHW), weight_C1333)
+        return _convolved(fast_on_cpu(x_BCDHW), weight_C1333)
 
     @staticmethod
     def backward(ctx: Any, dy_BCDHW: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_BCDHW, weight_C1333 = ctx.saved_tensors
-        dy_BCDHW, dx, dw = _last(dy_BCDHW), None, None
+        dy_BCDHW, dx, dw = fast_on_cpu(dy_BCDHW), None, None
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(_last(x_BCDHW), dy_BCDHW, weight_C1333)
+            dw = _weight_gradient(fast_on_cpu(x_BCDHW), dy_BCDHW, weight_C1333)
         if ctx.needs_input_grad[0]:
             dx = _convolved(dy_BCDHW, weight_C1333.flip(tuple(range(2, weight_C1333.ndim))))
         return dx, dw
 
 
-def _last(x_BCDHW: Tensor) -> Tensor:
-    return x_BCDHW.contiguous(memory_format=_CHANNELS_LAST[x_BCDHW.ndim - 2])
-
-
 def _convolved(x_BCDHW: Tensor, weight_C1333: Tensor) -> Tensor:
-    """In channels last, given back in the layout that norms and 1x1 convolutions are fast in."""
-    y = _CONV[x_BCDHW.ndim - 2](x_BCDHW, weight_C1333, padding=1, groups=x_BCDHW.shape[1])
-    return y.contiguous()
+    return _CONV[x_BCDHW.ndim - 2](x_BCDHW, weight_C1333, padding=1, groups=x_BCDHW.shape[1])
 
 
 def _weight_gradient(x_BCDHW: Tensor, dy_BCDHW: Tensor, weight_C1333: Tensor) -> Tensor:

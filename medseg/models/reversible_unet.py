@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from medseg.config import ReversibleUNetConfig
 from medseg.files import UserError
 from medseg.models.depthwise import DepthwiseConv, depthwise
+from medseg.models.layout import fast_on_cpu
+from medseg.models.norms import Norm, group_norm
 from medseg.models.reversible import (
     Branch,
     Coupling,
@@ -195,7 +197,8 @@ class MBConv(Branch):
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         """(B, out_channels, *size)."""
-        y = functional.leaky_relu(self.norm1(self.expand(x_BCDHW)), _SLOPE, inplace=True)
+        y = fast_on_cpu(self.expand(fast_on_cpu(x_BCDHW)))
+        y = functional.leaky_relu(self.norm1(y), _SLOPE, inplace=True)
         y = functional.leaky_relu(self.norm2(self.depthwise(y)), _SLOPE, inplace=True)
         return cast(Tensor, self.project(y))
 
@@ -205,14 +208,15 @@ class MBConv(Branch):
         return [partial(self._piece, chunk=slice(i * width, (i + 1) * width)) for i in range(self.chunks)]
 
     def _piece(self, x_BCDHW: Tensor, chunk: slice) -> Tensor:
-        y = self._normed(self.norm1, _convolve(self.expand, x_BCDHW, self.expand.weight[chunk]), chunk)
+        y = fast_on_cpu(_convolve(self.expand, fast_on_cpu(x_BCDHW), self.expand.weight[chunk]))
+        y = self._normed(self.norm1, y, chunk)
         y = self._normed(self.norm2, depthwise(y, self.depthwise.weight[chunk]), chunk)
         weight = self.project.weight[chunk] if self.project.transposed else self.project.weight[:, chunk]
         return _convolve(self.project, y, weight)
 
-    def _normed(self, norm: nn.GroupNorm, x_BCDHW: Tensor, chunk: slice) -> Tensor:
+    def _normed(self, norm: Norm, x_BCDHW: Tensor, chunk: slice) -> Tensor:
         groups = norm.num_groups // self.chunks
-        y = functional.group_norm(x_BCDHW, groups, norm.weight[chunk], norm.bias[chunk], norm.eps)
+        y = group_norm(x_BCDHW, groups, norm.weight[chunk], norm.bias[chunk], norm.eps)
         return functional.leaky_relu(y, _SLOPE, inplace=True)
 
 
@@ -268,9 +272,8 @@ def _sequence(config: ReversibleUNetConfig, dims: int, channels: int, blocks: in
     return ReversibleSequence([Coupling(branch(), branch()) for _ in range(blocks)], reuse_output=True)
 
 
-def _norm(config: ReversibleUNetConfig, channels: int) -> nn.GroupNorm:
-    """One group per channel is instance norm."""
-    return nn.GroupNorm(channels if config.norm == "instance" else math.gcd(channels, config.groups), channels)
+def _norm(config: ReversibleUNetConfig, channels: int) -> Norm:
+    return Norm(channels if config.norm == "instance" else math.gcd(channels, config.groups), channels)
 
 
 def _most_divisor(number: int, limit: int) -> int:

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from medseg.config import UNetPPConfig
 from medseg.files import UserError
+from medseg.models.layout import fast_on_cpu
+from medseg.models.norms import Norm
 
 LogitsByLevel = dict[int, Tensor]
 """Level (1 … depth, deepest last) -> logits_BKDHW; all levels have the size of the image."""
@@ -31,7 +33,6 @@ _TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 _SLOPE = 0.01
 _FIRST_FEATURES, _MOST_FEATURES = 32, 512
 
@@ -122,9 +123,6 @@ class UNetPP(nn.Module):
 
     def _first_row(self, x_BCDHW: Tensor, level: int) -> list[Tensor]:
         """X[0,0] … X[0,level], diagonal by diagonal."""
-        if x_BCDHW.device.type == "cpu":
-            # oneDNN convolves faster in this layout. A clone, since for C = 1 the strides would stay ambiguous.
-            x_BCDHW = x_BCDHW.clone(memory_format=_CHANNELS_LAST[self.spatial_dims])
         rows: list[list[Tensor]] = [[] for _ in range(level + 1)]
         for diagonal in range(level + 1):
             for j in range(diagonal + 1):
@@ -199,12 +197,12 @@ class Node(nn.Module):
             y = self._merge(below_BCDHW, *row)
         # In place is safe: the backward pass of a norm reads its input, that of leaky ReLU its output.
         y = functional.leaky_relu(self.norm1(y), _SLOPE, inplace=True)
-        y = functional.leaky_relu(self.norm2(self.conv2(y)), _SLOPE, inplace=True)
+        y = functional.leaky_relu(self.norm2(fast_on_cpu(self.conv2(y))), _SLOPE, inplace=True)
         return cast(Tensor, self.scse(y))
 
     def _merge(self, below_BCDHW: Tensor, *row: Tensor) -> Tensor:
         resampled = self.resample(below_BCDHW)
-        return cast(Tensor, self.conv1(torch.cat([*row, resampled], dim=1) if row else resampled))
+        return fast_on_cpu(self.conv1(torch.cat([*row, resampled], dim=1) if row else resampled))
 
 
 class ScSE(nn.Module):
@@ -262,8 +260,7 @@ def _down(kind: str, dims: int, channels: int) -> nn.Module:
 def _norm(kind: str, dims: int, channels: int) -> nn.Module:
     if kind == "batch":
         return _BATCH_NORM[dims](channels)
-    # One group per channel is instance norm; torch's group norm is the faster of the two on a CPU.
-    return nn.GroupNorm(channels if kind == "instance" else math.gcd(channels, 8), channels)
+    return Norm(channels if kind == "instance" else math.gcd(channels, 8), channels)
 
 
 def _log_mean_probs(logits_list: Sequence[Tensor]) -> Tensor:

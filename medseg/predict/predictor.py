@@ -26,6 +26,7 @@ from medseg.label_sets import call_labels
 from medseg.models import build_from_config
 from medseg.models.ensemble import Ensemble
 from medseg.models.features import mean_features
+from medseg.models.layout import placed
 from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
 from medseg.predict.postprocess import apply_all
@@ -78,7 +79,7 @@ class Predictor:
     def __init__(self, bundle: Bundle, device: torch.device | None = None, net: nn.Module | None = None) -> None:
         self.bundle = bundle
         self.device = device or choose_device(bundle)
-        self.net = net.to(self.device).eval() if net is not None else load_network(bundle, self.device)
+        self.net = placed(net, self.device).eval() if net is not None else load_network(bundle, self.device)
         self.lungs = view_of(bundle, self.device)
         self._distance = bundle.distance if net is None else None
 
@@ -274,7 +275,7 @@ def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Modul
     """
     members = [_network(bundle, str(member["weights"])) for member in bundle.members]
     net = Ensemble(members) if members else _network(bundle, WEIGHTS)
-    return net.to(device or choose_device(bundle)).eval()
+    return placed(net, device or choose_device(bundle)).eval()
 
 
 def _network(bundle: Bundle, weights: str) -> nn.Module:
