@@ -137,6 +137,9 @@ class TrainConfig(Strict):
     `site_adversary` is the weight with which a classifier's features unlearn the site of the training cases (Ganin et
     al. 2016); 0 switches it off.
 
+    `compile` has torch compile the network for its steps (`torch.compile`): the first takes a minute or more, on a CPU
+    it needs a C++ compiler. The weights differ by rounding from those trained without.
+
     `distance_cases`: at the end the feature distance (`medseg.feature_distance`) is fitted on so many training cases at
     most, and its limit set on so many validation cases at most, evenly spread; 0 leaves it out.
     """
@@ -156,6 +159,7 @@ class TrainConfig(Strict):
     select: Literal["last", "best"] = "last"
     checkpoint_minutes: Positive = 10.0
     deterministic: bool = False
+    compile: bool = False
     site_adversary: NotNegative = 0.0
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     fold: Annotated[int, Field(ge=0)] | None = None
@@ -168,4 +172,6 @@ class TrainConfig(Strict):
             raise ValueError(f"fold {self.fold} is none of the train.folds {self.folds}, which count from 0")
         if self.fold is not None and self.select == "best":
             raise ValueError("select 'best' lets a fold choose the network that it measures; use 'last'")
+        if self.compile and self.site_adversary:
+            raise ValueError("site_adversary reads features inside the network, which compile takes apart; use one")
         return self

@@ -84,7 +84,7 @@ def augment(
     """Apply one draw per item: style; image with linear, label with nearest interpolation; then intensities."""
     image_BCDHW = restyle(image_BCDHW, [p.style for p in parameters])
     if any(p.moves for p in parameters):
-        grid = _grid(image_BCDHW.shape[2:], parameters).to(image_BCDHW.device)
+        grid = _grid(image_BCDHW.shape[2:], parameters, image_BCDHW.device)
         moved = _sample(image_BCDHW, grid, "bilinear")
         still = torch.tensor([not p.moves for p in parameters], device=image_BCDHW.device)
         keep = still.view(-1, *[1] * (image_BCDHW.ndim - 1))
@@ -106,7 +106,7 @@ def _sample(x: Tensor, grid: Tensor, mode: str) -> Tensor:
     return functional.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
-def _grid(shape: Sequence[int], parameters: Sequence[AugmentParameters]) -> Tensor:
+def _grid(shape: Sequence[int], parameters: Sequence[AugmentParameters], device: torch.device) -> Tensor:
     """Sampling grid for `grid_sample`; rotations are in voxel space, so an anisotropic patch is not sheared."""
     ndim = len(shape)
     half = np.asarray(shape, dtype=np.float64) / 2
@@ -117,7 +117,7 @@ def _grid(shape: Sequence[int], parameters: Sequence[AugmentParameters]) -> Tens
         theta = np.concatenate([matrix, 2 * np.asarray(p.translation)[:, None]], axis=1)
         order = list(range(ndim))[::-1]  # grid_sample names the last array axis first
         thetas.append(theta[order][:, [*order, ndim]])
-    theta_tensor = torch.tensor(np.stack(thetas), dtype=torch.float32)
+    theta_tensor = torch.tensor(np.stack(thetas), dtype=torch.float32, device=device)
     return functional.affine_grid(theta_tensor, [len(parameters), 1, *shape], align_corners=False)
 
 

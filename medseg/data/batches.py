@@ -18,6 +18,8 @@ from medseg.data.augment import AugmentParameters, augment, draw_augment
 from medseg.data.cache import Example, release
 from medseg.data.prior import PriorParameters, as_channels, draw_prior, make_up, without_background
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class ItemParameters:
@@ -51,6 +53,7 @@ class BatchSource:
         batch_size: items per batch.
         foreground_share: share of patches centred on a labelled voxel (classes equally often).
         prior_classes: background and labels of the prior that the network takes; 0 for one that takes none.
+        device: where batches are augmented, and lie then.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class BatchSource:
         foreground_share: float,
         seed: int,
         prior_classes: int = 0,
+        device: torch.device = _CPU,
     ) -> None:
+        self.device = device
         self.examples, self.patch_size, self.batch_size = examples, patch_size, batch_size
         self.prior_classes = prior_classes
         self.config, self.foreground_share, self.seed = config, foreground_share, seed
@@ -99,8 +104,8 @@ class BatchSource:
                 own = crop(example.label[None], item.centre, self.patch_size)
                 labels.append(own if item.prior is None else np.concatenate([own, self._prior(example, item, own)]))
                 release(example.label)
-        image = torch.from_numpy(np.stack(images))
-        label = torch.from_numpy(np.stack(labels).astype(np.float32)) if labels else None
+        image = torch.from_numpy(np.stack(images)).to(self.device)
+        label = torch.from_numpy(np.stack(labels).astype(np.float32)).to(self.device) if labels else None
         image, label = augment(image, label, [item.augment for item in parameters])
         if label is not None and self.prior_classes:
             image = torch.cat([image, as_channels(label[:, 1:], self.prior_classes)], 1)

@@ -1,7 +1,9 @@
 """Where and in which precision to compute."""
 
 import gc
+import os
 import resource
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,12 @@ def use_bf16(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) -> b
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where `torch.compile` cannot work: on a CPU it calls the C++ compiler of the system."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise UserError("train.compile true: no C++ compiler was found; install g++, or set train.compile to false.")
 
 
 def device_name(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from medseg.config import Config, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import load_examples
 from medseg.files import UserError, write_text
+from medseg.models.layout import placed
 from medseg.models.sparse_masked import SparseMaskedModel
 from medseg.plan import Plan, write_plan
 from medseg.result import Result
@@ -47,12 +48,18 @@ def run(
     write_plan(folder.path / "plan.yaml", plan)
     examples = load_examples(cohort, cohort.split("train"), plan, folder.workspace / "cache", what="training cases")
     source = BatchSource(
-        examples, plan.patch_size, plan.batch_size, config.augment, foreground_share=0.0, seed=config.seed
+        examples,
+        plan.patch_size,
+        plan.batch_size,
+        config.augment,
+        foreground_share=0.0,
+        seed=config.seed,
+        device=device,
     )
     about = config.pretrain
     net = build_network(config, plan)
     model = SparseMaskedModel(net, len(config.task.channels), plan.patch_size, about.mask_share, about.width)
-    training = start_training(model.to(device), config.train)
+    training = start_training(placed(model, device), config.train)
     if resume:
         resume_training(training, folder.path / "checkpoints")
     with stop_between_steps() as stop:

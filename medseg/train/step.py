@@ -20,13 +20,14 @@ from medseg.files import UserError, read_json, write_json, write_text
 from medseg.label_sets import read_set
 from medseg.losses import build_loss
 from medseg.models import build_from_config
+from medseg.models.layout import placed
 from medseg.models.pretrained import load_pretrained
 from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.runs import RunFolder
 from medseg.tracking import Tracker
 from medseg.train.adversary import make_adversary
-from medseg.train.device import choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
+from medseg.train.device import check_compiler, choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
 from medseg.train.distance import fit_cohort_distance
 from medseg.train.history import log_epoch
 from medseg.train.loop import Training, resume_training, start_training, train_against, train_loop
@@ -163,9 +164,14 @@ def assemble(
         foreground_share=config.train.foreground_share,
         seed=config.seed,
         prior_classes=config.task.out_channels if config.model.takes_prior else 0,
+        device=device,
     )
     loss = build_loss(config.loss, _class_counts(config, examples), len(examples)).to(device)
-    return start_training(net.to(device), config.train), source, loss
+    training = start_training(placed(net, device), config.train)
+    if config.train.compile:
+        check_compiler(device)
+        training.net.compile()  # in place: names and the averaged network stay as they are
+    return training, source, loss
 
 
 def check_cohort(config: Config, cohort: Cohort) -> None:

@@ -145,3 +145,14 @@ def test_golden_draw() -> None:
     assert item.augment.rotation_rad == pytest.approx((0.16302749267, -0.10385012655, 0.03138519172))
     assert item.augment.gamma == pytest.approx(1.02787484503)
     assert item.augment.noise_seed == 1465934884
+
+
+def test_batches_are_augmented_on_the_device_and_no_value_comes_back() -> None:
+    """A meta tensor has no values: whatever read one on the host would raise, and would make a GPU wait."""
+    changing = AugmentConfig(probability=1.0, flip_axes=(0,), noise_sd=0.1)
+    source = BatchSource(
+        _examples(3), (8, 8, 8), 2, changing, foreground_share=0.5, seed=0, device=torch.device("meta")
+    )
+    batch = source.make(source.draw(0))
+    assert batch.image.device.type == batch.target.device.type == "meta"
+    assert batch.image.shape == batch.target.shape == (2, 1, 8, 8, 8)
