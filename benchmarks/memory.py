@@ -9,7 +9,7 @@
 
 A row is one or more training steps (Dice and cross-entropy, AdamW, batch 1, 4 channels in, 3 classes). Its peak is the
 resident set of the process on a CPU, which counts the libraries too (`libraries_gib`: before the network is built),
-and the allocated memory on a GPU. `step_s` is the last step's time.
+and the allocated memory on a GPU. `step_s` is the median time of the steps, without the first where there are more.
 
 glibc serves blocks below a threshold that grows up to 32 MiB from a heap that it hardly gives back, which can double
 the resident set of a step on a CPU; `--mmap-mib` fixes the threshold (MALLOC_MMAP_THRESHOLD_), at the price of page
@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ OURS = "reversible_unet"
 MONAI = ("UNet", "CheckpointUNet", "DynUNet", "SegResNet")
 
 
-def build(network: str, mode: str, widths: Sequence[int], blocks: int, chunks: int, block: str) -> Any:
+def build(network: str, mode: str, widths: Sequence[int], blocks: int, chunks: int | None, block: str) -> Any:
     """The network of a row; `blocks` per level where it can be chosen, residual units in MONAI's U-Nets."""
     import torch
     from monai.networks.nets.unet import CheckpointUNet, UNet
@@ -90,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
     return {
         "peak_gib": round(peak_memory_gb(device) * 1e9 / 2**30, 3),
         "libraries_gib": round(libraries * 1e9 / 2**30, 3),
-        "step_s": round(seconds[-1], 2),
+        "step_s": round(statistics.median(seconds[1:] or seconds), 2),
         "first_step_s": round(seconds[0], 2),
         "loss": round(float(value), 5),
         "parameters_m": round(sum(p.numel() for p in net.parameters()) / 1e6, 3),
@@ -277,7 +278,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2], help="per level")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="channels of each level")
     parser.add_argument("--widen", type=int, default=1, help="multiplies the widths")
-    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--chunks", type=int, help="by default what medseg takes")
     parser.add_argument("--block", choices=("mbconv", "conv"), default="mbconv")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

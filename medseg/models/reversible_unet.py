@@ -51,6 +51,7 @@ _FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose3d: functional.conv_transpose3d,
 }
 _SLOPE = 0.01
+_CHUNKS, _WIDTH = 4, 16  # where a config leaves `chunks` null: at most so many, of so many channels at least
 
 
 class ReversibleUNet(nn.Module):
@@ -190,7 +191,7 @@ class MBConv(Branch):
         self.depthwise = DepthwiseConv(dims, hidden)
         self.norm2 = _norm(config, hidden)
         self.project = project(hidden, out_channels, up, stride=up, bias=False)
-        self.chunks = _most_divisor(self.norm1.num_groups, config.chunks)
+        self.chunks = _most_divisor(self.norm1.num_groups, config.chunks or max(1, min(_CHUNKS, hidden // _WIDTH)))
         for layer in (self.expand, self.depthwise, self.project):
             nn.init.kaiming_normal_(layer.weight, a=_SLOPE)
         self.project.weight.data.mul_(gain)

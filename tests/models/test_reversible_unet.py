@@ -220,3 +220,12 @@ def test_mistakes_are_named() -> None:
         net(torch.zeros(1, 2, 4, 4))
     with pytest.raises(UserError, match="2D"):
         net(torch.zeros(1, 2, 8, 8, 8))
+
+
+def test_chunks_are_as_wide_as_a_cpu_computes_at_a_time_unless_told() -> None:
+    def chunks(**settings: Any) -> list[int]:
+        net = build_model("reversible_unet", spatial_dims=3, in_channels=1, out_channels=2, **settings)
+        return [sequence.blocks[0].f.chunks for sequence in net.encoder]
+
+    assert chunks(channels=(4, 16, 32, 64), expansion=4) == [1, 2, 4, 4]  # of 8, 32, 64, 128 expanded channels
+    assert chunks(channels=(4, 16, 32, 64), expansion=4, chunks=4) == [4, 4, 4, 4]
