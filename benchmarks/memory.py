@@ -284,7 +284,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget-gib", type=float, default=4.0)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--networks", nargs="*", choices=MONAI, default=list(MONAI), help="of MONAI, for limits")
     parser.add_argument("--images", type=Path, nargs="+", help="NIfTI volumes of one shape; repeated up to 4 channels")
     parser.add_argument("--label", type=Path, help="their NIfTI label map")
