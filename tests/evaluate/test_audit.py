@@ -167,6 +167,11 @@ def test_a_site_left_out_is_what_counts(clean: Cohort) -> None:
     assert model_items.check_sites(subject, [*own, good, other[1]]).status == "pass", "at home it is not asked"
     few = [replace(score, n_positive=3) for score in own]
     assert "10 cases of each class" in model_items.check_sites(subject, few).sentence
+    assert "Not counted" not in home.sentence
+    one_few = model_items.check_sites(subject, [own[0], few[1]])
+    assert one_few.value == own[0].auc.value
+    assert one_few.sentence.startswith(f"The lowest AUC is {own[0].auc.value:.2f}, at a. Not counted,")
+    assert f"fewer than 10 cases of a class: {own[1].site}." in one_few.sentence
 
 
 def test_a_group_that_is_read_worse_is_named(clean: Cohort) -> None:

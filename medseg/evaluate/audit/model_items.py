@@ -202,6 +202,8 @@ def check_sites(subject: Subject, scores: Sequence[SiteScore]) -> Item:
     how = "for the same recipe trained without it" if lowest.trained_without else "which it was not trained on"
     where = f"{lowest.site}, {how}" if lowest.unseen else lowest.site
     sentence = f"The lowest AUC is {lowest.auc.value:.2f}, at {where}."
+    if few := sorted({s.site for s in scores} - {s.site for s in counted}):
+        sentence += f" Not counted, with fewer than {config.min_group} cases of a class: {', '.join(few)}."
     if not unseen:
         sentence += (
             " No site was left out of training: set audit.leave_one_site_out, or audit on a cohort from elsewhere."
