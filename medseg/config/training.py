@@ -137,7 +137,7 @@ class TrainConfig(Strict):
     `site_adversary` is the weight with which a classifier's features unlearn the site of the training cases (Ganin et
     al. 2016); 0 switches it off.
 
-    `compile` has torch compile the network for its steps (`torch.compile`): the first takes a minute or more, on a CPU
+    `compile` has torch compile the network for its steps (`torch.compile`): the first takes about a minute, on a CPU
     it needs a C++ compiler. The weights differ by rounding from those trained without.
 
     `distance_cases`: at the end the feature distance (`medseg.feature_distance`) is fitted on so many training cases at

@@ -46,7 +46,7 @@ def depthwise(x_BCDHW: Tensor, weight_C1333: Tensor) -> Tensor:
     weight = weight_C1333.to(x_BCDHW.dtype)
     if x_BCDHW.device.type == "cpu" and x_BCDHW.dtype in ONEDNN:
         return cast(Tensor, _Depthwise.apply(x_BCDHW, weight))  # type: ignore[no-untyped-call]
-    return _CONV[x_BCDHW.ndim - 2](x_BCDHW, weight, padding=1, groups=x_BCDHW.shape[1])
+    return _convolved(x_BCDHW, weight)
 
 
 class _Depthwise(torch.autograd.Function):
