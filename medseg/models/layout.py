@@ -25,7 +25,8 @@ def placed(net: _Net, device: torch.device) -> _Net:
     net = net.to(device)
     for parameter in net.parameters():
         if layout := CHANNELS_LAST.get(parameter.ndim - 2):
-            parameter.data = parameter.data.contiguous(memory_format=layout)
+            # not `contiguous`: weights of one channel have both layouts, and their strides must name the one that is meant
+            parameter.data = torch.empty_like(parameter, memory_format=layout).copy_(parameter.detach())
     return net
 
 

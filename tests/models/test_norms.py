@@ -74,6 +74,21 @@ def test_weights_are_placed_with_channels_innermost_and_keep_their_values() -> N
             assert value.is_contiguous(memory_format=CHANNELS_LAST[value.ndim - 2])
 
 
+@pytest.mark.parametrize(("name", "dims"), [("densenet", 2), ("resnet", 2)])
+def test_images_of_one_channel_have_the_layout_from_the_first_layer_on(name: str, dims: int) -> None:
+    """Weights of one channel have both layouts at once; torch goes by their strides."""
+    net = placed(build_model(name, spatial_dims=dims, in_channels=1, out_channels=2), torch.device("cpu")).eval()
+    seen: list[bool] = []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            layout = CHANNELS_LAST[dims]
+            module.register_forward_hook(lambda _, __, y: seen.append(y.is_contiguous(memory_format=layout)))
+            break
+    with torch.no_grad():
+        net(torch.zeros(1, 1, *[64] * dims))
+    assert seen == [True]
+
+
 def test_fp64_and_what_is_in_the_layout_already_are_not_copied() -> None:
     last = torch.zeros(1, 3, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d)
     assert fast_on_cpu(last) is last
