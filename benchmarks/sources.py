@@ -25,6 +25,7 @@ from medseg.config import Config, load_config
 from medseg.evaluate.scoring import Scorer
 from medseg.models.batch_norm import batch_norms, reestimate
 from medseg.predict import load_network, view_of
+from medseg.road.learning import lungs_for
 from medseg.runs import create_run, find_run
 from medseg.splits import assign_splits
 from medseg.statistics import Estimate, aucs, bootstrap_rows
@@ -117,7 +118,8 @@ def trained(config: Config, cohort: Cohort, option: str, work: Path) -> Bundle:
         folder = find_run(work, run_id) if begun else create_run(work, "sources", run_id, **facts)
         saved = any((folder.path / "checkpoints").glob("step_*.pt"))
         with track(folder, config.tracking, tags={"medseg.step": "train"}, resume=begun) as tracker:
-            step.run(config, cohort, make_plan(config, cohort), folder, tracker, resume=saved)
+            lungs = lungs_for(config, folder)
+            step.run(config, cohort, make_plan(config, cohort), folder, tracker, resume=saved, lungs=lungs)
     return load_bundle(run_id, work)
 
 

@@ -16,22 +16,24 @@ SCHEMA_VERSION = 1
 FOLDS = "folds"
 """In place of a split: the out-of-fold predictions of joined folds."""
 
-EXPERIMENTS = ("tb_radiograph", "tb_lungs_tight", "tb_lungs_dilated", "tb_lungs_convex")
-"""Configs of the experiments of Rahman et al. 2020 (arXiv:2007.14895) on whole radiographs and on segmented lungs, and
-of two wider masks, since tight ones cut off what lies at the rim."""
+EXPERIMENTS = ("tb_radiograph", "tb_lungs_tight", "tb_lungs_dilated", "tb_lungs_convex", "tb_lungs_box")
+"""Configs of the experiments of Rahman et al. 2020 (arXiv:2007.14895) on whole radiographs and on segmented lungs, of
+two wider masks, since tight ones cut off what lies at the rim, and of the rectangle round the lungs."""
+
+_AT_224 = ["plan.size_px=224", "plan.batch_size=8", "train.learning_rate=0.0003"]
 
 NETWORKS: Mapping[str, Sequence[str]] = {
-    "resnet18": ["model={name: resnet, depth: 18}"],
-    "resnet50": ["model={name: resnet, depth: 50}"],
-    "resnet101": ["model={name: resnet, depth: 101}"],
-    "chexnet": ["model={name: densenet, depth: 121}"],
-    "inception_v3": ["model={name: inception_v3}", "plan.size_px=299"],
-    "vgg19": ["model={name: vgg, depth: 19}"],
-    "densenet201": ["model={name: densenet, depth: 201}"],
-    "squeezenet": ["model={name: squeezenet}"],
-    "mobilenet_v2": ["model={name: mobilenet_v2}"],
+    "resnet18": ["model={name: resnet, depth: 18}", *_AT_224],
+    "resnet50": ["model={name: resnet, depth: 50}", *_AT_224],
+    "resnet101": ["model={name: resnet, depth: 101}", *_AT_224],
+    "chexnet": ["model={name: densenet, depth: 121}", *_AT_224],
+    "inception_v3": ["model={name: inception_v3}", *_AT_224, "plan.size_px=299"],
+    "vgg19": ["model={name: vgg, depth: 19}", *_AT_224],
+    "densenet201": ["model={name: densenet, depth: 201}", *_AT_224],
+    "squeezenet": ["model={name: squeezenet}", *_AT_224],
+    "mobilenet_v2": ["model={name: mobilenet_v2}", *_AT_224],
 }
-"""The nine networks of that paper, each as overrides of a config."""
+"""The nine networks of that paper, each as overrides of a config, at the size of image that they were published at."""
 
 
 def run(models: Sequence[str], workspace: Path, out: Path, *, split: str = "test") -> Result:

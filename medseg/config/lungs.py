@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from medseg.config.fields import Share, Strict
 
-LungMask = Literal["none", "tight", "dilated", "convex"]
+LungMask = Literal["none", "tight", "dilated", "convex", "box"]
 LungCode = Literal["lungs_area", "lungs_parts", "lungs_asymmetry", "lungs_askew", "lungs_at_border"]
 """What may be wrong with lung fields; see `medseg.data.lungs.check`."""
 
@@ -19,7 +19,7 @@ class LungsConfig(Strict):
     `models:/NAME@ALIAS`), which is copied into its bundle; without a model they are the label maps of the cohort, and
     only cases of a cohort with such masks can be predicted. What it sees is the whole image (`mask: none`), or the
     image with all black outside the fields (`tight`), outside them grown by `dilate` of the longer side of the image
-    (`dilated`), or outside the convex hull of that (`convex`).
+    (`dilated`), outside the convex hull of that (`convex`), or outside the rectangle round it (`box`).
 
     Limits: `area` is the share of the image between which both fields together lie; `min_ratio` the area of the
     smaller field over that of the larger; `max_askew` by how much the centre of one may lie below that of the other,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from medseg.bundle import Bundle, load_bundle
 from medseg.cohort import Finding
 from medseg.config import LungsConfig
-from medseg.data.lungs import Mask, check, convex, dilate, inside_only, lung_fields
+from medseg.data.lungs import Mask, box, check, convex, dilate, inside_only, lung_fields
 from medseg.files import UserError
 from medseg.images import read_image
 from medseg.ingest.scan import Refused
@@ -103,8 +103,8 @@ def visible(channels: Sequence[Volume], fields: LungFields | None, config: Lungs
     mask = fields.mask
     if config.mask != "tight":
         mask = dilate(mask, config.dilate * max(mask.shape))
-    if config.mask == "convex":
-        mask = convex(mask)
+    if config.mask in ("convex", "box"):
+        mask = convex(mask) if config.mask == "convex" else box(mask)
     return tuple(replace(channel, array=inside_only(channel.array, mask)) for channel in channels)
 
 

@@ -74,6 +74,14 @@ def convex(mask: Mask) -> Mask:
     return inside
 
 
+def box(mask: Mask) -> Mask:
+    """The smallest rectangle of rows and columns round the mask."""
+    filled = np.zeros_like(mask)
+    for place in ndimage.find_objects(mask.astype(np.uint8)):
+        filled[place] = True
+    return filled
+
+
 def fit(mask: Mask, shape: tuple[int, ...]) -> Mask:
     """The mask on a grid of another size over the same field of view; nearest neighbour."""
     if mask.shape == tuple(shape):

@@ -25,7 +25,7 @@ def placed(net: _Net, device: torch.device) -> _Net:
     net = net.to(device)
     for parameter in net.parameters():
         if layout := CHANNELS_LAST.get(parameter.ndim - 2):
-            # not `contiguous`: weights of one channel have both layouts, and their strides must name the one that is meant
+            # not by `contiguous`: weights of one channel have both layouts, and their strides must name the one meant
             parameter.data = torch.empty_like(parameter, memory_format=layout).copy_(parameter.detach())
     return net
 

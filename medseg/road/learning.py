@@ -99,7 +99,7 @@ def train(
         if not resume:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "train")
-        lungs = _lungs(config, folder)
+        lungs = lungs_for(config, folder)
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
         verdict = add_verdict(result.paths["bundle"], cohort, tracker)
         explained = add_ranking(result.paths["bundle"], cohort, tracker)
@@ -144,7 +144,7 @@ def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str |
     return result
 
 
-def _lungs(config: Config, folder: RunFolder) -> "LungView | None":
+def lungs_for(config: Config, folder: RunFolder) -> "LungView | None":
     """What a classifier of radiographs sees. Its lung model is copied into the run first: a run that goes on must not
     meet another model under the same name."""
     from medseg.bundle import load_bundle

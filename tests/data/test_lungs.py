@@ -5,7 +5,7 @@ import pytest
 
 from medseg.config import LungsConfig, validate_config
 from medseg.data.lung_view import LungFields, LungView, visible
-from medseg.data.lungs import check, convex, dilate, fit, inside_only, lung_fields, outside_only
+from medseg.data.lungs import box, check, convex, dilate, fit, inside_only, lung_fields, outside_only
 from medseg.data.phantom import draw_radiographs, render_radiograph
 from medseg.files import UserError
 from medseg.ingest.scan import Refused
@@ -48,6 +48,9 @@ def test_mask_geometry_has_its_known_answers() -> None:
     line = np.zeros((9, 9), bool)
     line[4, 2:7] = True
     np.testing.assert_array_equal(convex(line), line)
+    assert box(mask).sum() == 20 * 28
+    assert box(mask)[10:30, 6:34].all()
+    assert not box(np.zeros((4, 4), bool)).any()
 
 
 def test_the_lungs_of_simulated_thoraces_are_plausible() -> None:
@@ -87,13 +90,19 @@ def test_a_finding_says_by_how_much_and_limits_move_it() -> None:
     assert codes(askew, max_askew=0.2) == ["lungs_askew"]
 
 
-@pytest.mark.parametrize("kind", ["none", "tight", "dilated", "convex"])
+@pytest.mark.parametrize("kind", ["none", "tight", "dilated", "convex", "box"])
 def test_what_is_visible_is_untouched_and_the_rest_is_as_dark_as_it_gets(kind: str) -> None:
     image = np.random.default_rng(0).integers(7, 4000, (SIZE, SIZE)).astype(np.uint16)
     fields = RIGHT | LEFT
     (seen,) = visible([Volume(image, np.eye(4))], LungFields(fields), LungsConfig(mask=kind, dilate=0.05))  # type: ignore[arg-type]
     grown = dilate(fields, 5)
-    inside = {"none": np.ones_like(fields), "tight": fields, "dilated": grown, "convex": convex(grown)}[kind]
+    inside = {
+        "none": np.ones_like(fields),
+        "tight": fields,
+        "dilated": grown,
+        "convex": convex(grown),
+        "box": box(grown),
+    }[kind]
     assert seen.array.dtype == image.dtype
     np.testing.assert_array_equal(seen.array[inside], image[inside])
     assert (seen.array[~inside] == image.min()).all()

@@ -78,15 +78,12 @@ def test_weights_are_placed_with_channels_innermost_and_keep_their_values() -> N
 def test_images_of_one_channel_have_the_layout_from_the_first_layer_on(name: str, dims: int) -> None:
     """Weights of one channel have both layouts at once; torch goes by their strides."""
     net = placed(build_model(name, spatial_dims=dims, in_channels=1, out_channels=2), torch.device("cpu")).eval()
-    seen: list[bool] = []
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            layout = CHANNELS_LAST[dims]
-            module.register_forward_hook(lambda _, __, y: seen.append(y.is_contiguous(memory_format=layout)))
-            break
+    seen: list[Tensor] = []
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
+    first.register_forward_hook(lambda _, __, y: seen.append(y))
     with torch.no_grad():
         net(torch.zeros(1, 1, *[64] * dims))
-    assert seen == [True]
+    assert seen[0].is_contiguous(memory_format=CHANNELS_LAST[dims])
 
 
 def test_fp64_and_what_is_in_the_layout_already_are_not_copied() -> None:
