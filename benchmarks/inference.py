@@ -7,7 +7,8 @@
 
 The peak is the highest resident set of the process beyond what it held when image, label map, network and libraries
 lay in memory; it includes the network's pass over one window. `network` and `rest` are processor seconds (all cores)
-inside the network and outside it: blending, resampling and argmax; `wall` is what a clock shows. With `--out`, MONAI's
+inside the network and outside it: blending, resampling and argmax, and the network's last layer where medseg applies
+it to parts of a window; `wall` is what a clock shows. With `--out`, MONAI's
 logits are interpolated as a whole, which needs the memory of all classes on that grid. `buffered` is MONAI's
 `buffer_steps=1`.
 """
@@ -43,13 +44,18 @@ class Timed(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.seconds = net, 0.0
+        self.net, self.spent = net, [0.0]  # a list, which copies of the module share
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return self.spent[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's answer."""
         start = clock()
         logits: Tensor = self.net(x)
-        self.seconds += clock() - start
+        self.spent[0] += clock() - start
         return logits
 
 
@@ -88,7 +94,7 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, float | str]:
     room = np.ones(options.out or options.size, dtype=np.uint8)
     some = np.zeros((1, 18, 18, 18), dtype=np.float32)  # loads libraries and their kernels, and starts threads
     segment_array(net, some, (16, 16, 16), out_shape=(20, 20, 20) if options.out else None)
-    net.seconds, before = 0.0, psutil.Process().memory_info().rss + room.nbytes
+    net.spent[0], before = 0.0, psutil.Process().memory_info().rss  # `room` included, which stands for the labels
     del room
     start, wall = clock(), time.perf_counter()
     labels, announced = segment(row, net, image, options)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg.models.sliding import window_weights
+from medseg.predict.heads import WindowLogits
 from medseg.predict.sweep import Axis, Range, Sweep
 
 LabelMap = NDArray[np.unsignedinteger[Any]]
@@ -128,20 +129,20 @@ class Reduction:
         self._room = Room(sweep.held_voxels * classes, dtype, device)
 
     @torch.inference_mode()
-    def add(self, index: tuple[int, ...], logits_KDHW: Tensor) -> None:
+    def add(self, index: tuple[int, ...], window: WindowLogits) -> None:
         """Blend the logits of one window in, and reduce what is final now.
 
         Raises:
             ValueError: a logit that decides is not finite.
         """
         axes = self._sweep.axes
-        fresh: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        fresh: dict[tuple[int, ...], tuple[WindowLogits, Tensor]] = {}
         for key in product(*[axis.touched[j] for axis, j in zip(axes, index, strict=True)]):
             inside = [
                 slice(axis.cells[n].start - axis.starts[j], axis.cells[n].stop - axis.starts[j])
                 for axis, j, n in zip(axes, index, key, strict=True)
             ]
-            part, weights = logits_KDHW[(slice(None), *inside)], self._weights[tuple(inside)]
+            part, weights = window.part(inside), self._weights[tuple(inside)]
             if key in self._cells:
                 self._blend(self._cells[key], part, weights)
             else:
@@ -153,26 +154,29 @@ class Reduction:
             if key in self._cells:
                 self._room.give_back(self._cells.pop(key))
         for key, (part, weights) in fresh.items():
-            self._cells[key] = self._room.take(part.shape)
+            self._cells[key] = self._room.take((self._classes, *weights.shape))
             self._blend(self._cells[key], part, weights, onto_nothing=True)
 
-    def _blend(self, cell: Tensor, part: Tensor, weights: Tensor, onto_nothing: bool = False) -> None:
+    def _blend(self, cell: Tensor, part: WindowLogits, weights: Tensor, onto_nothing: bool = False) -> None:
         """Add weighted logits; product and sum are rounded one after the other, as on a full buffer."""
-        if self._dtype == torch.float32:
+        if self._dtype == torch.float32 and part.head is None:
+            logits = part.made()
             if onto_nothing:
-                torch.mul(part, weights, out=cell)
+                torch.mul(logits, weights, out=cell)
                 return
             step = max(ADD_VALUES // weights.numel(), 1)
             for at in range(0, len(cell), step):
-                cell[at : at + step].add_(part[at : at + step] * weights)
+                cell[at : at + step].add_(logits[at : at + step] * weights)
             return
         step = max(ADD_VALUES // (len(cell) * weights[0].numel()), 1)
         for at in range(0, len(weights), step):
-            total = part[:, at : at + step] * weights[at : at + step]
+            rows = slice(at, at + step)
+            total = part.part([rows]).made() * weights[rows]
             if not onto_nothing:
-                total.add_(cell[:, at : at + step])
-            total.sub_(total.amax(0)).clamp_(min=torch.finfo(self._dtype).min)
-            cell[:, at : at + step].copy_(total)
+                total.add_(cell[:, rows])
+            if self._dtype != torch.float32:
+                total.sub_(total.amax(0)).clamp_(min=torch.finfo(self._dtype).min)
+            cell[:, rows].copy_(total)
 
     def _slabs(self, ranges: Sequence[Range]) -> Iterator[list[Range]]:
         """Cut output ranges into slabs; nothing where one of them is empty."""
@@ -186,14 +190,14 @@ class Reduction:
         for some in product(*parts):
             yield [*some, *ranges[2:]]
 
-    def _reduce(self, ranges: Sequence[Range], fresh: dict[tuple[int, ...], tuple[Tensor, Tensor]]) -> None:
+    def _reduce(self, ranges: Sequence[Range], fresh: dict[tuple[int, ...], tuple[WindowLogits, Tensor]]) -> None:
         axes = self._sweep.axes
         box = [axis.support(outputs) for axis, outputs in zip(axes, ranges, strict=True)]
         logits = torch.empty((self._classes, *[high - low for low, high in box]), device=self._device)
         for key, source, target in self._pieces(box):
             if key in fresh:
                 part, weights = fresh[key]
-                torch.mul(part[(slice(None), *source)], weights[source], out=logits[(slice(None), *target)])
+                torch.mul(part.part(source).made(), weights[source], out=logits[(slice(None), *target)])
             else:
                 logits[(slice(None), *target)].copy_(self._cells[key][(slice(None), *source)])
         logits.div_(self._total_weights(box))

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medseg.files import UserError
-from medseg.models.sliding import EvenWindows, averaged, cut_window, even_windows
+from medseg.models.sliding import even_windows
+from medseg.predict.answers import Answers, batches
 from medseg.predict.slabs import ADD_VALUES, Reduction, SlabSize, label_type, slab_size
 from medseg.predict.sweep import Sweep
 
@@ -27,8 +28,8 @@ class WorkingSet:
     Attributes:
         held_gb: blended logits between two windows.
         slab_gb: interpolation and argmax of one slab and blending, three times: heaps of threads keep what was freed.
-        network_gb: the network while it sees one batch of windows, its logits included, and the kept answer to even
-            windows.
+        network_gb: the network while it sees one batch of windows, and the kept answer to even windows; its logits
+            included, unless they are made in parts of its features (`Answers`).
         dtype: of the held logits. slab: how much is reduced at once.
         windows: of the sweep; 0 before there is an image. even: those of one value throughout, such as padding, whose
             answer is taken from the first of them. air: of these, how many are only taken to be even (`air_below`).
@@ -110,7 +111,7 @@ def segment_array(
         for one in nets:
             one.eval()
         even = even_windows(image, [axis.starts for axis in sweep.axes], patch_size, air_below)
-        answers = _Answers(averaged(nets, mirror_axes), image, sweep, even, device)
+        answers = Answers(nets, mirror_axes, image, sweep, even, device)
         return _sweep_windows(sweep, answers, window_batch, memory_gb, announce)
     finally:
         for one, was_training in modes:
@@ -174,26 +175,27 @@ def working_set_gb(
 @torch.inference_mode()
 def _sweep_windows(
     sweep: Sweep,
-    answers: "_Answers",
+    answers: Answers,
     window_batch: int,
     memory_gb: float,
     announce: Callable[[WorkingSet], None] | None,
 ) -> NDArray[np.unsignedinteger[Any]]:
     reduction: Reduction | None = None
     device, even = answers.device, answers.even
-    for batch in _batches(sweep.windows(), even, window_batch):
+    for batch in batches(sweep.windows(), even, window_batch):
         if reduction is None:
             with peak_over_start(device) as peak:
-                logits = answers.of(batch)
-            label_type(logits.shape[1])
+                logits = answers.first(batch, peak.look)
+            label_type(answers.classes)
             count = math.prod(len(axis.starts) for axis in sweep.axes)
             largest = max(min(window_batch, count - len(even.values)), 1)
-            kept_gb = logits[0].nbytes / 1e9 if even.values else 0.0  # the answer to even windows
-            network_gb = max(peak.gb, logits.nbytes / 1e9) * largest / len(batch) + kept_gb
-            plan = working_set(sweep, logits.shape[1], memory_gb, network_gb, device.type)
+            window_gb = logits[0].values_CDHW.nbytes / 1e9
+            kept_gb = window_gb if even.values else 0.0  # the answer to even windows
+            network_gb = max(answers.taken_gb / len(batch), window_gb) * largest + kept_gb
+            plan = working_set(sweep, answers.classes, memory_gb, network_gb, device.type)
             if announce is not None:
                 announce(replace(plan, windows=count, even=len(even.values), air=even.air))
-            reduction = Reduction(sweep, logits.shape[1], plan.dtype, plan.slab, device)
+            reduction = Reduction(sweep, answers.classes, plan.dtype, plan.slab, device)
         else:
             logits = answers.of(batch)
         with torch.autocast(device.type, enabled=False):
@@ -204,59 +206,20 @@ def _sweep_windows(
     return reduction.labels
 
 
-class _Answers:
-    """What the network says of the windows of an image; it is asked once of even windows of one value in a row."""
-
-    def __init__(
-        self, predict: Callable[[Tensor], Tensor], image: Tensor, sweep: Sweep, even: EvenWindows, device: torch.device
-    ) -> None:
-        self.even, self.device = even, device
-        self._predict, self._image, self._axes = predict, image, sweep.axes
-        self._patch_size = [axis.patch for axis in sweep.axes]
-        self._kept: tuple[tuple[float, ...], Tensor] | None = None
-
-    def of(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
-        """Logits_BKDHW of a batch as float32; an even window is a batch of its own."""
-        if batch[0] in self.even.values:
-            return self._of_even(self.even.values[batch[0]])
-        return self._predict(torch.stack([self._cut(index) for index in batch])).float()
-
-    def _of_even(self, values: tuple[float, ...]) -> Tensor:
-        if self._kept is None or self._kept[0] != values:
-            self._kept = None  # before the network needs the memory
-            window = torch.empty(1, len(values), *self._patch_size, device=self.device)
-            for channel, value in zip(window[0], values, strict=True):
-                channel.fill_(value)
-            self._kept = values, self._predict(window).float()
-        return self._kept[1]
-
-    def _cut(self, index: tuple[int, ...]) -> Tensor:
-        starts = [axis.starts[j] for axis, j in zip(self._axes, index, strict=True)]
-        return cut_window(self._image, starts, self._patch_size, self.device)
-
-
-def _batches(
-    indices: Iterator[tuple[int, ...]], even: EvenWindows, window_batch: int
-) -> Iterator[list[tuple[int, ...]]]:
-    """Windows in order, in batches; an even one is a batch of its own, as it may need no look."""
-    batch = list[tuple[int, ...]]()
-    for index in indices:
-        is_even = index in even.values
-        if batch and (is_even or len(batch) == max(window_batch, 1)):
-            yield batch
-            batch = []
-        if is_even:
-            yield [index]
-        else:
-            batch.append(index)
-    if batch:
-        yield batch
-
-
 @dataclass
 class _Peak:
+    taken_gb: Callable[[], float]
     gb: float = 0.0
     _stop: threading.Event = field(default_factory=threading.Event)
+
+    def look(self) -> float:
+        """The peak so far."""
+        self.gb = max(self.gb, self.taken_gb())
+        return self.gb
+
+    def watch(self) -> None:
+        while not self._stop.wait(0.001):
+            self.look()
 
 
 @contextmanager
@@ -265,30 +228,23 @@ def peak_over_start(device: torch.device) -> Iterator[_Peak]:
 
     What other threads take in the meantime counts too.
     """
-    peak = _Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
+        peak = _Peak(lambda: (torch.cuda.max_memory_allocated(device) - allocated) / 1e9)
         yield peak
-        peak.gb = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+        peak.look()
         return
     import psutil
 
     process = psutil.Process()
     before = process.memory_info().rss
-
-    def look() -> None:
-        peak.gb = max(peak.gb, (process.memory_info().rss - before) / 1e9)
-
-    def watch() -> None:
-        while not peak._stop.wait(0.001):
-            look()
-
-    watcher = threading.Thread(target=watch, name="memory", daemon=True)
+    peak = _Peak(lambda: (process.memory_info().rss - before) / 1e9)
+    watcher = threading.Thread(target=peak.watch, name="memory", daemon=True)
     watcher.start()
     try:
         yield peak
-        look()
+        peak.look()
     finally:
         peak._stop.set()
         watcher.join()

@@ -15,6 +15,7 @@ from torch.nn import functional
 from medseg.files import UserError
 from medseg.models.sliding import window_logits
 from medseg.predict import segment_array
+from medseg.predict.heads import WindowLogits
 from medseg.predict.slabs import Reduction, SlabSize, largest
 from medseg.predict.sweep import Axis, Sweep
 from medseg.predict.windows import WorkingSet, working_set, working_set_gb
@@ -94,7 +95,7 @@ def test_one_row_at_a_time_gives_the_same_labels(out: tuple[int, ...]) -> None:
     for index in sweep.windows():
         starts = [axis.starts[j] for axis, j in zip(sweep.axes, index, strict=True)]
         part = x[(slice(None), *[slice(s, s + p) for s, p in zip(starts, patch, strict=True)])]
-        reduction.add(index, net(torch.from_numpy(part)[None])[0].detach())
+        reduction.add(index, WindowLogits(net(torch.from_numpy(part)[None])[0].detach()))
     assert differing(reduction.labels, full_buffer(net, x, patch, 0.5, out)) == 0
 
 

@@ -1,0 +1,153 @@
+"""Logits made from a network's last features where they are needed, so that those of a whole window never exist.
+
+Most networks end with a pointwise convolution from a few features to all classes: each voxel's logits follow from its
+own features. Made part by part they stay in the processor's cache, and a window takes the memory of its features.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WindowLogits:
+    """Logits of a window or a part of it; with a head they exist only while they are used.
+
+    Attributes:
+        values_CDHW: logits, or the features that `head` makes them from.
+        head: features_BCDHW -> logits_BKDHW, each voxel by itself; None for logits.
+    """
+
+    values_CDHW: Tensor
+    head: nn.Module | None = None
+
+    def part(self, where: Sequence[slice]) -> "WindowLogits":
+        """A box of it."""
+        return WindowLogits(self.values_CDHW[(slice(None), *where)], self.head)
+
+    def made(self) -> Tensor:
+        """logits_KDHW."""
+        if self.head is None:
+            return self.values_CDHW
+        logits: Tensor = self.head(self.values_CDHW[None])[0]
+        return logits
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The pointwise convolution that a network ended with when it saw a batch.
+
+    Attributes:
+        name: of the module; empty where the network is nothing else.
+        features_BCDHW, logits_BKDHW: what it was given, and what it made of it.
+        before_gb: memory that the network had taken up to then, at its peak.
+    """
+
+    name: str
+    head: nn.Module
+    features_BCDHW: Tensor
+    logits_BKDHW: Tensor
+    before_gb: float
+
+    def makes_the_same(self, values: int) -> bool:
+        """Whether the head gives the same bits for slices of the window, of about so many logits at a time."""
+        step = max(values // math.prod((self.logits_BKDHW.shape[1], *self.logits_BKDHW.shape[3:])), 1)
+        return all(
+            torch.equal(self.head(self.features_BCDHW[:, :, at : at + step]), self.logits_BKDHW[:, :, at : at + step])
+            for at in range(0, self.features_BCDHW.shape[2], step)
+        )
+
+
+@contextmanager
+def ending(net: nn.Module, taken_gb: Callable[[], float]) -> Iterator[Callable[[Tensor], Ending | None]]:
+    """Watch how a network makes logits in the block; afterwards a function gives the head that made given ones.
+
+    Args:
+        taken_gb: the memory taken so far at its peak.
+    """
+    calls: list[str] = []
+    last: list[tuple[nn.Module, Tensor, float]] = []
+    made: list[Ending] = []
+
+    def begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        last[:], made[:] = [(module, inputs[0], taken_gb())], []
+
+    def end(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append(names[module])
+        made[:] = [Ending(names[module], *last[0][:2], output, last[0][2])]
+
+    names = {module: name for name, module in net.named_modules() if is_pointwise(module)}
+    handles = [module.register_forward_pre_hook(begin) for module in names]
+    handles += [module.register_forward_hook(end) for module in names]
+
+    def of(logits: Tensor) -> Ending | None:
+        found = made[0] if made else None
+        return found if found is not None and found.logits_BKDHW is logits and calls.count(found.name) == 1 else None
+
+    try:
+        yield of
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution that sees one voxel at a time, and that nobody watches."""
+    if not isinstance(module, nn.Conv2d | nn.Conv3d) or _is_watched(module):
+        return False
+    alone = {*module.kernel_size, *module.stride} == {1}
+    return alone and module.padding in ((0,) * len(module.kernel_size), "valid", "same")
+
+
+def may_be_split(net: nn.Module) -> bool:
+    """Whether nothing but its caller takes the network's logits: no hook, no compiler."""
+    return not _is_watched(net) and not hasattr(net, "_orig_mod") and not torch.is_autocast_enabled("cpu")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class Headless(nn.Module):
+    """A network without its head; it shares all weights with the network, which stays as it is.
+
+    Args:
+        name: of the head in the network.
+    """
+
+    def __init__(self, net: nn.Module, name: str) -> None:
+        super().__init__()
+        self._end = _End()
+        self.net = _replaced(net, name.split("."), self._end) if name else self._end
+
+    def forward(self, x_BCDHW: Tensor) -> Tensor | None:
+        """Features; None where the network does not end with its head this time, or keeps it in a second place."""
+        features: Tensor = self.net(x_BCDHW)
+        seen, self._end.seen = self._end.seen, None
+        return features if seen is features else None
+
+
+class _End(nn.Module):
+    """Stands where the head was, and lets the features through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def forward(self, x_BCDHW: Tensor) -> Tensor:
+        self.seen = x_BCDHW
+        return x_BCDHW
+
+
+def _replaced(net: nn.Module, path: Sequence[str], end: nn.Module) -> nn.Module:
+    """A copy of the modules that lead to one, and of nothing else, with that one replaced."""
+    twin = copy.copy(net)
+    child = net._modules[path[0]]
+    assert child is not None
+    twin._modules = {**net._modules, path[0]: _replaced(child, path[1:], end) if path[1:] else end}
+    return twin
