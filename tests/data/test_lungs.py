@@ -7,8 +7,10 @@ from medseg.config import LungsConfig, validate_config
 from medseg.data.lung_view import LungFields, LungView, visible
 from medseg.data.lungs import box, check, convex, dilate, fit, inside_only, lung_fields, outside_only
 from medseg.data.phantom import draw_radiographs, render_radiograph
+from medseg.data.preprocess import prepare
 from medseg.files import UserError
 from medseg.ingest.scan import Refused
+from medseg.plan import Appearance, Plan
 from medseg.volume import Volume
 
 SIZE = 100
@@ -107,6 +109,17 @@ def test_what_is_visible_is_untouched_and_the_rest_is_as_dark_as_it_gets(kind: s
     np.testing.assert_array_equal(seen.array[inside], image[inside])
     assert (seen.array[~inside] == image.min()).all()
     assert fields[~inside].sum() == 0
+
+
+def test_of_a_box_the_network_sees_the_rectangle_and_nothing_else() -> None:
+    image = np.random.default_rng(0).integers(7, 4000, (SIZE, SIZE)).astype(np.uint16)
+    fields = RIGHT | LEFT
+    seen = visible([Volume(image, np.eye(4))], LungFields(fields), LungsConfig(mask="box", dilate=0.05))
+    plan = Plan(2, (32, 32), 1, size_px=(32, 32), normalise="zscore", appearance=Appearance(crop_padding=True))
+    prepared = prepare(seen, plan)
+    rows, columns = (np.flatnonzero(dilate(fields, 5).any(axis)) for axis in (1, 0))
+    assert prepared.content == (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    assert prepared.image.shape == (1, 32, 32)
 
 
 def test_a_view_needs_masks_only_where_it_hides_something() -> None:
