@@ -15,8 +15,8 @@ class Answers:
     """What the networks say of the windows of an image; they are asked once of even windows of one value in a row.
 
     On a CPU a single network that ends with a pointwise convolution is asked for its features from the second time
-    on, where these are fewer than the classes, and where the convolution has made the very same logits of slices of
-    the first batch as of all of it.
+    on, where these are fewer than the classes, and where the convolution has made the same logits, up to rounding, of
+    slices of the first batch as of all of it.
 
     Args:
         nets, mirror_axes: see `averaged`.

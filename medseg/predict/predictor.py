@@ -1,6 +1,5 @@
 """A bundle with its network in memory: one scan in, one prediction out. Knows no folders and no ledger."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from medseg.models import build_from_config
 from medseg.models.ensemble import Ensemble
 from medseg.models.features import mean_features
 from medseg.models.layout import placed
+from medseg.models.sliding import fast_batch
 from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
 from medseg.predict.postprocess import apply_all
@@ -36,8 +36,6 @@ from medseg.predict.trust import Trust, judge
 from medseg.predict.watching import watched
 from medseg.predict.windows import WorkingSet, segment_array
 from medseg.volume import Volume, closest_axes, from_canonical
-
-_SMALL_WINDOW = 2**17  # voxels: two such windows take little memory
 
 
 @dataclass(frozen=True)
@@ -302,15 +300,6 @@ def _network(bundle: Bundle, weights: str) -> nn.Module:
 def choose_device(bundle: Bundle) -> torch.device:
     """A GPU where there is one, unless the config says `cpu`; a model trained on a GPU still predicts without."""
     return torch.device("cuda" if bundle.config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def fast_batch(patch_size: Sequence[int], device: torch.device) -> int:
-    """Windows that the network should see at least at a time: two where a window is small, and the device a CPU.
-
-    torch has a single image of few rows convolved by kernels of its own, and gives two of them to oneDNN: a third of
-    the network's time on windows of 32×48×32. The logits differ by rounding.
-    """
-    return 2 if device.type == "cpu" and math.prod(patch_size) <= _SMALL_WINDOW else 1
 
 
 def called_class(probs: Mapping[str, float], operating_point: tuple[str, float] | None) -> str:

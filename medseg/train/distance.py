@@ -13,7 +13,7 @@ from medseg.data.cache import Example, release
 from medseg.data.preprocess import normalised_limit
 from medseg.feature_distance import CohortDistance, fit_distance
 from medseg.models.features import mean_features
-from medseg.models.sliding import averaged, cut_window, even_windows, window_starts
+from medseg.models.sliding import averaged, cut_window, even_windows, fast_batch, window_starts
 from medseg.plan import Plan
 from medseg.progress import tracked
 
@@ -61,10 +61,11 @@ def _case_features(
         predict = averaged([net], config.mirror_axes)
         starts = [window_starts(n, p, config.overlap) for n, p in zip(image.shape[1:], plan.patch_size, strict=True)]
         even = even_windows(image, starts, plan.patch_size, normalised_limit(config.air_below, plan)).values
-        for index in product(*[range(len(firsts)) for firsts in starts]):
-            if index not in even:
-                first = [firsts[j] for firsts, j in zip(starts, index, strict=True)]
-                predict(cut_window(image, first, plan.patch_size, device)[None])
+        indices = [index for index in product(*[range(len(firsts)) for firsts in starts]) if index not in even]
+        step = fast_batch(plan.patch_size, device)
+        for at in range(0, len(indices), step):
+            places = [[firsts[j] for firsts, j in zip(starts, i, strict=True)] for i in indices[at : at + step]]
+            predict(torch.stack([cut_window(image, place, plan.patch_size, device) for place in places]))
         return features.mean()
 
 
