@@ -66,7 +66,7 @@ class Ending:
         return all(
             torch.allclose(self.head(features), logits, rtol=0, atol=tolerance)
             for features, logits in zip(
-                self.features_BCDHW.split(step, 2), self.logits_BKDHW.split(step, 2), strict=True
+                torch.split(self.features_BCDHW, step, 2), torch.split(self.logits_BKDHW, step, 2), strict=True
             )
         )
 
