@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from synthetic import radiograph_cohort, tiny_radiograph_config
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg.config import load_config
@@ -64,11 +65,16 @@ def test_class_and_site_that_are_one_cannot_be_told_apart() -> None:
         load_config("hippocampus", ["train.site_adversary=0.1"])
 
 
-def _site_told(weight: float) -> tuple[float, float]:
-    """Accuracy of class and of site, read from the features of a small network by least squares."""
-    torch.manual_seed(0)
-    site, target = torch.arange(400) % 2, torch.arange(400) // 2 % 2
-    x = torch.stack([target + 0.4 * torch.randn(400), 2.0 * site + 0.4 * torch.randn(400)], 1)
+def _right_where_the_site_misleads(weight: float, seed: int) -> float:
+    """Accuracy on cases of the class that is rare at their site, trained where the site mostly tells the class."""
+    torch.manual_seed(seed)
+
+    def draw(count: int, told_by_site: float) -> tuple[Tensor, Tensor, Tensor]:
+        site = torch.arange(count) % 2
+        target = torch.where(torch.rand(count) < told_by_site, site, 1 - site)
+        return torch.stack([target + 0.5 * torch.randn(count), 2.0 * site + 0.4 * torch.randn(count)], 1), site, target
+
+    x, site, target = draw(400, 0.85)
     body, head = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)), nn.Linear(2, 2)
     adversary = SiteAdversary(2, [str(s) for s in site.tolist()], target.tolist(), weight)
     optimizer = torch.optim.Adam([*body.parameters(), *head.parameters(), *adversary.parameters()], 0.01)
@@ -79,19 +85,17 @@ def _site_told(weight: float) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features = torch.cat([body(x), torch.ones(400, 1)], 1).detach()
-    told = []
-    for truth in (target, site):
-        answer = features @ torch.linalg.lstsq(features, truth[:, None].float()).solution
-        told.append(float(((answer[:, 0] > 0.5) == truth.bool()).float().mean()))
-    return told[0], told[1]
+    x, site, target = draw(2000, 0.5)
+    with torch.no_grad():
+        right = head(body(x)).argmax(1) == target
+    return float(right[site != target].float().mean())
 
 
-def test_features_forget_the_site_and_keep_the_class() -> None:
-    (class_before, site_before), (class_after, site_after) = _site_told(0.0), _site_told(0.3)
-    assert site_before > 0.9
-    assert site_after < 0.75
-    assert min(class_before, class_after) > 0.8
+def test_a_network_trained_against_the_site_goes_by_it_less() -> None:
+    """A game of two players ends elsewhere with every rounding, so the mean over seeds is what counts."""
+    before, after = (np.mean([_right_where_the_site_misleads(w, seed) for seed in range(6)]) for w in (0.0, 1.0))
+    assert before < 0.65
+    assert after > before + 0.08
 
 
 def test_a_stopped_training_against_the_site_goes_on_bit_for_bit(tmp_path: Path) -> None:
