@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from synthetic import segmentation_cohort, tiny_config, tiny_radiograph_config
+from torch._dynamo.utils import counters
 
 from medseg.data.cache import load_examples
 from medseg.files import UserError
@@ -34,10 +35,14 @@ def _trained(folder: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], li
 
 @pytest.mark.slow
 def test_a_compiled_training_is_the_same_training(tmp_path: Path) -> None:
+    counters.clear()
     plain, losses = _trained(tmp_path / "plain")
+    before = counters["stats"].copy()
     compiled, compiled_losses = _trained(tmp_path / "compiled", "train.compile=true")
+    # Its kernels may round as the plain ones do, so only the compiler can say that it ran.
+    assert not before["unique_graphs"]
+    assert counters["stats"]["unique_graphs"]
     assert compiled_losses == pytest.approx(losses, rel=1e-3)
-    assert compiled_losses != losses  # other kernels: it was compiled indeed
     assert plain.keys() == compiled.keys()
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=2e-3)
