@@ -1,5 +1,4 @@
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -50,7 +49,11 @@ def worker(address: str, log: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:  # a worker told to stop just as its run ends may wait for ever
+                process.kill()
 
 
 def run_deployment(client: SyncPrefectClient, name: str, parameters: dict[str, Any], timeout_s: float) -> FlowRun:
