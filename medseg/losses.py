@@ -117,12 +117,14 @@ class ClassificationLoss(nn.Module):
         self.register_buffer("weight_K", weight_K)
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits_BK: Tensor, target_B: Tensor) -> Tensor:
-        """Scalar loss; `target` holds class indices."""
+    def forward(self, logits_BK: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss, the mean over the cases, weighted; `target` holds class indices (B,) or shares (B, K)."""
         weight = self.get_buffer("weight_K") if self.weight_K is not None else None
-        return functional.cross_entropy(
-            logits_BK.float(), target_B.long(), weight, label_smoothing=self.label_smoothing
-        )
+        logits, smoothing = logits_BK.float(), self.label_smoothing
+        if target.ndim == 1:
+            return functional.cross_entropy(logits, target.long(), weight, label_smoothing=smoothing)
+        total = functional.cross_entropy(logits, target, weight, label_smoothing=smoothing, reduction="sum")
+        return total / (target if weight is None else target * weight).sum()
 
 
 class MultiLabelLoss(nn.Module):

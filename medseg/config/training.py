@@ -101,7 +101,8 @@ class AugmentConfig(Strict):
     """Ranges from which parameters are drawn per item; 0 switches a kind off.
 
     `flip_axes` are array axes after canonical orientation (0 = left-right for volumes; 0 = rows for radiographs).
-    `prior` is for networks that take an earlier segmentation.
+    `prior` is for networks that take an earlier segmentation. `mixup`, for classifiers: images are mixed in pairs, and
+    their targets, with shares from Beta(mixup, mixup) (Zhang et al. 2018).
     """
 
     probability: Share = 0.8
@@ -115,6 +116,7 @@ class AugmentConfig(Strict):
     noise_sd: NotNegative = 0.05
     style: StyleConfig = StyleConfig()
     prior: PriorConfig = PriorConfig()
+    mixup: NotNegative = 0.0
 
 
 class PretrainConfig(Strict):

@@ -109,6 +109,11 @@ class Config(Strict):
             raise ValueError(
                 f"train.site_adversary {self.train.site_adversary} is for a classifier of one network; set it to 0"
             )
+        if self.augment.mixup and (not classifier or self.train.site_adversary):
+            raise ValueError(
+                f"augment.mixup {self.augment.mixup} is for classifiers, and not beside train.site_adversary: a mixed "
+                "image has no site; set it to 0"
+            )
         if unknown := sorted(set(self.export.segments) - set(self.task.labels)):
             names = ", ".join(self.task.labels)
             raise ValueError(f"export.segments names {unknown[0]!r}, which is none of task.labels ({names})")

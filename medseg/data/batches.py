@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from medseg.config import AugmentConfig
 from medseg.data.augment import AugmentParameters, augment, draw_augment
 from medseg.data.cache import Example, release
+from medseg.data.mixing import Mixed, draw_mixing, mix
 from medseg.data.prior import PriorParameters, as_channels, draw_prior, make_up, without_background
 
 _CPU = torch.device("cpu")
@@ -23,19 +25,21 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ItemParameters:
-    """Which case, where its patch is centred (voxels), how it is augmented, and which earlier segmentation it shows."""
+    """Which case, where its patch is centred (voxels), how it is augmented, which earlier segmentation it shows, and
+    what is mixed into it."""
 
     index: int
     centre: tuple[int, ...]
     augment: AugmentParameters
     prior: PriorParameters | None = None
+    mixed: Mixed | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """image_BCDHW float32, with the channels of a prior for networks that take one; label_B1DHW (segmentation),
-    target_B (classification) or target_BK (labels that are not exclusive); annotated_BK bool, of which classes each
-    label tells, background first, or None: all tell of all.
+    target_B (classification) or target_BK (labels that are not exclusive, or mixed targets); annotated_BK bool, of
+    which classes each label tells, background first, or None: all tell of all.
     """
 
     image: Tensor
@@ -72,6 +76,7 @@ class BatchSource:
         self.examples, self.patch_size, self.batch_size = examples, patch_size, batch_size
         self.prior_classes = prior_classes
         self.config, self.foreground_share, self.seed = config, foreground_share, seed
+        self._classes = 1 + max((e.target for e in examples if isinstance(e.target, int)), default=-1)
 
     @property
     def steps_per_pass(self) -> int:
@@ -81,16 +86,18 @@ class BatchSource:
     def draw(self, step: int) -> tuple[ItemParameters, ...]:
         """The parameters of every item of batch `step` (0-based)."""
         chosen = [self._case_at(step * self.batch_size + item) for item in range(self.batch_size)]
-        rng, prior_rng = (np.random.default_rng([self.seed, stream, step]) for stream in (1, 2))
+        rng, prior_rng, mix_rng = (np.random.default_rng([self.seed, stream, step]) for stream in (1, 2, 3))
         draw = partial(draw_augment, self.config, len(self.patch_size), rng, batch_size=self.batch_size)
+        mixing = draw_mixing(self.config.mixup, self.batch_size, mix_rng) if self.config.mixup else ()
         return tuple(
             ItemParameters(
                 index,
                 self._draw_centre(index, rng),
                 draw(),
                 draw_prior(self.config.prior, prior_rng) if self.prior_classes else None,
+                mixed,
             )
-            for index in chosen
+            for index, mixed in zip_longest(chosen, mixing)
         )
 
     def make(self, parameters: tuple[ItemParameters, ...]) -> Batch:
@@ -112,6 +119,8 @@ class BatchSource:
             label = label[:, :1].contiguous()
         if label is None:
             label = torch.tensor([self.examples[item.index].target for item in parameters])
+            if mixing := tuple(item.mixed for item in parameters if item.mixed is not None):
+                image, label = mix(image, label, self._classes, mixing)
         return Batch(image, label, parameters, annotated_classes([self.examples[item.index] for item in parameters]))
 
     def stream(self, first_step: int, stop_step: int) -> Iterator[Batch]:

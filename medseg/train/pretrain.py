@@ -51,7 +51,7 @@ def run(
         examples,
         plan.patch_size,
         plan.batch_size,
-        config.augment,
+        config.augment.model_copy(update={"mixup": 0.0}),  # there is no target to mix
         foreground_share=0.0,
         seed=config.seed,
         device=device,
