@@ -1,10 +1,14 @@
 """What every test starts from."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from medseg.ingest import pseudonyms
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores it, and so would its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -49,11 +50,7 @@ def worker(address: str, log: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:  # a worker told to stop just as its run ends may wait for ever
-                process.kill()
+            process.send_signal(signal.SIGTERM)
 
 
 def run_deployment(client: SyncPrefectClient, name: str, parameters: dict[str, Any], timeout_s: float) -> FlowRun:
