@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which imports the compiler, 2.7 s, at once
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
@@ -81,7 +82,7 @@ class ReversibleSequence(nn.Module):
         x = wide(x_BCDHW)
         memory = memory_now(self, self.memory)
         if memory == "reversible" and len(self.blocks):
-            return cast(Tensor, _in_reverse(_Reversible, self.blocks, x, self.reuse_output))
+            return _in_reverse(_Reversible, self.blocks, x, self.reuse_output)
         x1, x2 = x.chunk(2, 1)
         for block in self.blocks:
             if memory == "checkpoint":
@@ -103,7 +104,7 @@ class ReversibleSequence(nn.Module):
 
 def recomputed(branch: Branch, x_BCDHW: Tensor) -> Tensor:
     """`branch(x)`, in fp32 at least, of which only x is kept; the backward pass recomputes it piece by piece."""
-    return cast(Tensor, _in_reverse(_Recomputed, branch, x_BCDHW))
+    return _in_reverse(_Recomputed, branch, x_BCDHW)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def memory_now(module: nn.Module, memory: Memory) -> Memory:
     return memory if module.training and torch.is_grad_enabled() else "store"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def _in_reverse(function: type[torch.autograd.Function], modules: nn.Module, x: Tensor, *options: object) -> Tensor:
     """Apply `function`; every parameter is an input, so that DDP and torch.autograd.grad see its gradient.
 

@@ -1,6 +1,8 @@
 """Reversible sequences: the inverse, gradients against the stored twin by dtype and depth, and what is kept."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -257,3 +259,18 @@ def test_modules_that_cannot_run_twice_are_refused() -> None:
         branch.layer = layer
         with pytest.raises(ValueError, match=rf"blocks.0.f.layer is a {type(layer).__name__}: .* runs twice"):
             ReversibleSequence([Coupling(branch, Branch())])
+
+
+def test_the_compiler_is_loaded_where_something_is_compiled_or_trained_in_reverse_and_not_before() -> None:
+    code = "import sys, medseg.models.reversible; print('torch._dynamo' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "False\n"
+
+
+def test_compiling_breaks_its_graph_at_a_reversible_sequence() -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    sequence = _sequence(2)
+    torch.compile(sequence, backend="eager")(_image()).sum().backward()
+    assert any("_in_reverse" in reason for reason in counters["graph_break"])
