@@ -168,5 +168,8 @@ def _pooled(x_BCDHW: Tensor) -> Tensor:
 
 
 def _mean_and_deviation(x_BCDHW: Tensor) -> Tensor:
-    deviation_BC, mean_BC = torch.std_mean(x_BCDHW.flatten(2), 2)
-    return torch.cat([mean_BC, deviation_BC], 1)
+    """In two passes, as `torch.std_mean` of a CPU takes eight times as long."""
+    x_BCN = x_BCDHW.flatten(2).float()
+    mean_BC1 = x_BCN.mean(2, keepdim=True)
+    squares_BC = (x_BCN - mean_BC1).square_().sum(2)
+    return torch.cat([mean_BC1[..., 0], (squares_BC / (x_BCN.shape[2] - 1)).sqrt()], 1)

@@ -27,6 +27,7 @@ from medseg.models import build_from_config
 from medseg.models.ensemble import Ensemble
 from medseg.models.features import mean_features
 from medseg.models.layout import placed
+from medseg.models.norms import with_norms
 from medseg.models.sliding import fast_batch
 from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
@@ -276,7 +277,7 @@ def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Modul
     """
     members = [_network(bundle, str(member["weights"])) for member in bundle.members]
     net = Ensemble(members) if members else _network(bundle, WEIGHTS)
-    return placed(net, device or choose_device(bundle)).eval()
+    return placed(with_norms(net), device or choose_device(bundle)).eval()
 
 
 def _network(bundle: Bundle, weights: str) -> nn.Module:

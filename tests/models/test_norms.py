@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from medseg.models import build_model
 from medseg.models.layout import CHANNELS_LAST, fast_on_cpu, placed
-from medseg.models.norms import Norm, group_norm
+from medseg.models.norms import Norm, group_norm, with_norms
 
 GROUPS = [1, 2, 8]
 
@@ -106,3 +106,30 @@ def test_small_images_keep_the_layout_through_the_network(name: str) -> None:
     large = {path: x for path, x in seen.items() if x.numel() > 20_000}
     assert len(large) > 4
     assert all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in large.values())
+
+
+@pytest.mark.parametrize("space", [(4, 5, 6), (16, 16, 17), (70, 70), (72, 80, 64)])
+def test_without_gradients_results_are_those_of_torch_and_keep_the_layout(space: tuple[int, ...]) -> None:
+    x, weight, bias, _ = _operands((2, 8, *space), torch.float32)
+    with torch.no_grad():
+        found = group_norm(x, 8, weight, bias, 1e-5)
+        exact = functional.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=CHANNELS_LAST[len(space)])
+
+
+@pytest.mark.parametrize("name", ["dynunet", "unet"])
+def test_instance_norms_are_replaced_and_the_network_is_the_same_up_to_rounding(name: str) -> None:
+    torch.manual_seed(0)
+    net = build_model(name, spatial_dims=3, in_channels=1, out_channels=3).eval()
+    x, names = torch.randn(2, 1, 32, 32, 32), list(net.state_dict())
+    with torch.no_grad():
+        before, after = net(x), with_norms(placed(net, torch.device("cpu")))(x)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    assert list(net.state_dict()) == names
+    assert not any(isinstance(module, nn.InstanceNorm3d) for module in net.modules())
+
+
+def test_instance_norms_that_keep_statistics_stay() -> None:
+    net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm3d(2))
+    assert [type(module) for module in with_norms(net)] == [nn.Conv3d, nn.InstanceNorm3d, Norm]
