@@ -119,7 +119,7 @@ def trained(config: Config, cohort: Cohort, option: str, work: Path) -> Bundle:
         saved = any((folder.path / "checkpoints").glob("step_*.pt"))
         with track(folder, config.tracking, tags={"medseg.step": "train"}, resume=begun) as tracker:
             lungs = lungs_for(config, folder)
-            step.run(config, cohort, make_plan(config, cohort), folder, tracker, resume=saved, lungs=lungs)
+            step.run(config, cohort, make_plan(config, cohort, lungs), folder, tracker, resume=saved, lungs=lungs)
     return load_bundle(run_id, work)
 
 

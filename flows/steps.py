@@ -70,7 +70,7 @@ def plan_flow(config: str, cohort: str, overrides: list[str] | None = None, work
     place = workspace_folder(workspace)
 
     def step() -> Result:
-        return road.plan(road.load(config, overrides or []), Path(cohort))
+        return road.plan(road.load(config, overrides or []), Path(cohort), place)
 
     return leave_artifacts(call_step("plan", place, step), place)
 

@@ -172,6 +172,7 @@ def _without(cohort: Cohort, site: str) -> Cohort:
 
 def _train_without(bundle: Bundle, cohort: Cohort, site: str, epochs: int | None, workspace: Path) -> Bundle:
     from medseg.train import step as train_step
+    from medseg.train.reference import with_appearance
 
     config = bundle.config
     train = config.train.model_copy(update={"epochs": epochs or config.train.epochs})
@@ -189,6 +190,8 @@ def _train_without(bundle: Bundle, cohort: Cohort, site: str, epochs: int | None
     saved = any((folder.path / "checkpoints").glob("step_*.pt"))
     with track(folder, tracking, tags={"medseg.step": "audit", "medseg.left_out": slug}, resume=begun) as tracker:
         lungs = view_of(bundle)
-        made = train_step.run(config, cohort, bundle.plan, folder, tracker, resume=saved, lungs=lungs)
+        # what images are matched to is measured anew: the site that is left out has no say
+        plan = with_appearance(bundle.plan, config.plan.appearance, cohort, cohort.split("train"), lungs)
+        made = train_step.run(config, cohort, plan, folder, tracker, resume=saved, lungs=lungs)
         add_verdict(made.paths["bundle"], cohort, tracker)
     return load_bundle(run_id, workspace)

@@ -65,7 +65,7 @@ def plan(
     from medseg import road
 
     then = next_command("train", config, workspace, cohort=cohort)
-    finish(lambda: road.plan(road.load(config, sets or []), cohort), as_json, then)
+    finish(lambda: road.plan(road.load(config, sets or []), cohort, workspace_of(workspace)), as_json, then)
 
 
 @app.command()

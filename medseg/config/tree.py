@@ -153,9 +153,11 @@ class Config(Strict):
         if self.task.kind == "segmentation" and (self.lungs.model or self.lungs.mask != "none"):
             raise ValueError("lungs.model and lungs.mask are for classifiers; a segmentation has the limits only")
         looks = self.plan.appearance
-        if self.lungs.mask != "none" and (looks.histogram == "landmarks" or looks.match_sharpness):
+        cropped = self.lungs.mask == "box" and looks.crop_padding
+        if self.lungs.mask != "none" and not cropped and (looks.histogram == "landmarks" or looks.match_sharpness):
             raise ValueError(
-                "plan.appearance matches what whole images show, and lungs.mask hides most of it; leave one"
+                f"plan.appearance cannot match what lungs.mask {self.lungs.mask!r} shows, since black is part of it; "
+                "use lungs.mask box with plan.appearance.crop_padding, or leave one"
             )
 
     def _check_sizes(self) -> None:

@@ -42,13 +42,23 @@ def ingest(
     return Result("ingest", result.status, paths, result.figures)
 
 
-def plan(config: Config, cohort_dir: Path) -> Result:
-    """Plan into `<cohort>/plans/<config name>/plan.yaml`, where `train` finds it, edited or not."""
+def plan(config: Config, cohort_dir: Path, workspace: Path) -> Result:
+    """Plan into `<cohort>/plans/<config name>/plan.yaml`, where `train` finds it, edited or not.
+
+    Raises:
+        UserError: `lungs.model` names no lung model of the workspace.
+    """
+    from medseg.data.lung_view import load_lung_model
     from medseg.folds import as_trained
+    from medseg.predict import lung_view
     from medseg.train import planning
 
     cohort = as_trained(config, read_cohort(cohort_dir))
-    return planning.run(config, cohort, _plan_folder(config, cohort))
+    lungs = None
+    if planning.matches_lungs(config) and config.lungs is not None:
+        named = config.lungs.model
+        lungs = lung_view(config.lungs, load_lung_model(named, workspace, "lungs.model") if named else None)
+    return planning.run(config, cohort, _plan_folder(config, cohort), lungs=lungs)
 
 
 def train(
@@ -93,13 +103,13 @@ def train(
         facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
         name = f"{config.name}-fold{part['fold']}" if part else config.name
         folder = create_run(workspace, name, run_id, **facts)
-    chosen = _read_plan(config, cohort, folder)
+    lungs = lungs_for(config, folder)
+    chosen = _read_plan(config, cohort, folder, lungs)
     tags = {"medseg.step": "train", **{f"medseg.{name}": str(n) for name, n in part.items()}, **(tags or {})}
     with track(folder, config.tracking, tags=tags, resume=bool(resume)) as tracker:
         if not resume:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "train")
-        lungs = lungs_for(config, folder)
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
         verdict = add_verdict(result.paths["bundle"], cohort, tracker)
         explained = add_ranking(result.paths["bundle"], cohort, tracker)
@@ -133,13 +143,14 @@ def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str |
     else:
         facts = {"step": "pretrain", "seed": config.seed, "cohort_sha256": cohort.sha256}
         folder = create_run(workspace, f"pretrain-{config.name}", None, **facts)
+    lungs = lungs_for(config, folder)
     made = folder.path / "plan.yaml"
-    chosen = read_plan(made) if made.is_file() else make_plan(config, cohort)
+    chosen = read_plan(made) if made.is_file() else make_plan(config, cohort, lungs)
     with track(folder, config.tracking, tags={"medseg.step": "pretrain"}, resume=bool(resume)) as tracker:
         if not resume:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "pretrain")
-        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume))
+        result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
         tracker.log_artifact(result.paths["history"])
     return result
 
@@ -167,7 +178,7 @@ def _plan_folder(config: Config, cohort: Cohort) -> Path:
     return cohort.folder / "plans" / (config.name if config.train.fold is None else f"{config.name}-folds")
 
 
-def _read_plan(config: Config, cohort: Cohort, folder: RunFolder) -> Plan:
+def _read_plan(config: Config, cohort: Cohort, folder: RunFolder, lungs: "LungView | None" = None) -> Plan:
     """The run's own plan, else the cohort's plan for this config if it still fits, else a new one."""
     from medseg.train.planning import plan_key, plan_to_train
 
@@ -178,7 +189,7 @@ def _read_plan(config: Config, cohort: Cohort, folder: RunFolder) -> Plan:
         found = read_plan(made)
         if found.fingerprint.get("key") == plan_key(config, cohort):
             return found
-    chosen = plan_to_train(config, cohort)
+    chosen = plan_to_train(config, cohort, lungs)
     if config.train.fold is not None:
         with suppress(DiskError):  # the other folds take it too: measured again, theirs might differ
             write_plan(made, chosen)

@@ -15,6 +15,7 @@ import torch
 
 from medseg.cohort import Case, Cohort
 from medseg.config import Config, ModelConfig, PlanConfig
+from medseg.data.lung_view import LungView
 from medseg.files import UserError, dump_json
 from medseg.plan import Plan, write_plan
 from medseg.result import Result
@@ -32,15 +33,18 @@ _GPU_SHARE, _CPU_SHARE = 0.9, 0.8  # of the free memory, where no budget is give
 _MODES = ("store", "checkpoint", "reversible")  # fastest first
 
 
-def run(config: Config, cohort: Cohort, out: Path, *, measure: bool = True) -> Result:
+def run(config: Config, cohort: Cohort, out: Path, *, measure: bool = True, lungs: LungView | None = None) -> Result:
     """Write `out/plan.yaml`: grid, patch, batch, pooling and intensities, each with its reason; with `measure`, also
     the memory mode, the peak memory and the time of a training step, measured in processes of their own.
+
+    Args:
+        lungs: what a classifier sees of a radiograph; needed where `matches_lungs`.
 
     Raises:
         UserError: the cohort does not fit the config, nothing can be planned from it, or nothing fits the budget.
     """
     check_cohort(config, cohort)
-    plan = measured_plan(config, cohort) if measure else make_plan(config, cohort)
+    plan = measured_plan(config, cohort, lungs=lungs) if measure else make_plan(config, cohort, lungs)
     figures: dict[str, object] = {"cases": len(cohort.cases), "patch_size": plan.patch_size}
     figures |= {"batch_size": plan.batch_size, "spacing_mm": plan.spacing_mm or plan.size_px}
     if measure:
@@ -51,28 +55,34 @@ def run(config: Config, cohort: Cohort, out: Path, *, measure: bool = True) -> R
     return Result("plan", "done", {"plan": path}, figures).write(out)
 
 
-def make_plan(config: Config, cohort: Cohort) -> Plan:
+def make_plan(config: Config, cohort: Cohort, lungs: LungView | None = None) -> Plan:
     """Fingerprint of the train split, then the plan, without measuring memory; what the config fixes is taken as it
     is.
 
     Folds share one plan, measured on all that is not of the test split: only so can their networks see one image.
+
+    Args:
+        lungs: what a classifier sees of a radiograph.
     """
-    return _with_appearance(config, cohort, _draft(config, cohort).plan)
+    return _with_appearance(config, cohort, _draft(config, cohort).plan, lungs)
 
 
-def plan_to_train(config: Config, cohort: Cohort) -> Plan:
+def plan_to_train(config: Config, cohort: Cohort, lungs: LungView | None = None) -> Plan:
     """The plan of a training that was not planned: measured only where a choice depends on it."""
     free = config.plan.patch_size is None and config.plan.size_px is None and config.plan.batch_size is None
     if config.plan.memory_gb is not None or (free and choose_device(config.device).type == "cuda"):
-        return measured_plan(config, cohort)
-    return make_plan(config, cohort)
+        return measured_plan(config, cohort, lungs=lungs)
+    return make_plan(config, cohort, lungs)
 
 
-def measured_plan(config: Config, cohort: Cohort, measure: Measure | None = None) -> Plan:
+def measured_plan(
+    config: Config, cohort: Cohort, measure: Measure | None = None, lungs: LungView | None = None
+) -> Plan:
     """The plan whose patch, batch and memory mode fit the budget.
 
     Args:
         measure: how a candidate is measured; by default in a fresh process.
+        lungs: what a classifier sees of a radiograph.
 
     Raises:
         UserError: nothing fits; it names what would.
@@ -97,13 +107,14 @@ def measured_plan(config: Config, cohort: Cohort, measure: Measure | None = None
             f"{device_name(device)}: not even {error} could be trained for a step, out of memory; make model.channels "
             "smaller, or free memory."
         ) from error
-    return _with_appearance(config, cohort, _chosen(draft.plan, choice, device_name(device), budget_gb, why))
+    return _with_appearance(config, cohort, _chosen(draft.plan, choice, device_name(device), budget_gb, why), lungs)
 
 
 def plan_key(config: Config, cohort: Cohort) -> str:
     """Names what a plan was made for; a plan with another key is stale."""
     parts = [cohort.sha256, config.task, config.plan, config.model]
     parts += ["folds"] if config.train.fold is not None else []
+    parts += [config.lungs] if matches_lungs(config) else []
     return hashlib.sha256(dump_json([str(part) for part in parts]).encode()).hexdigest()[:16]
 
 
@@ -113,9 +124,17 @@ def _draft(config: Config, cohort: Cohort) -> Draft:
     return replace(drafted, plan=replace(drafted.plan, fingerprint=fingerprint))
 
 
-def _with_appearance(config: Config, cohort: Cohort, plan: Plan) -> Plan:
+def matches_lungs(config: Config) -> bool:
+    """Whether the plan holds what the visible part of a radiograph is matched to."""
+    looks, lungs = config.plan.appearance, config.lungs
+    matches = looks.match_sharpness or looks.histogram == "landmarks"
+    return matches and lungs is not None and lungs.mask != "none"
+
+
+def _with_appearance(config: Config, cohort: Cohort, plan: Plan, lungs: LungView | None) -> Plan:
     """What images are matched to, measured last: on the grid that was chosen."""
-    return with_appearance(plan, config.plan.appearance, cohort, _planned_cases(config, cohort))
+    assert lungs is not None or not matches_lungs(config)
+    return with_appearance(plan, config.plan.appearance, cohort, _planned_cases(config, cohort), lungs)
 
 
 def _planned_cases(config: Config, cohort: Cohort) -> tuple[Case, ...]:

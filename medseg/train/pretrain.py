@@ -9,6 +9,7 @@ from medseg.cohort import Cohort
 from medseg.config import Config, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import load_examples
+from medseg.data.lung_view import LungView
 from medseg.files import UserError, write_text
 from medseg.models.layout import placed
 from medseg.models.sparse_masked import SparseMaskedModel
@@ -25,12 +26,22 @@ WEIGHTS = "encoder.safetensors"
 
 
 def run(
-    config: Config, cohort: Cohort, plan: Plan, folder: RunFolder, tracker: Tracker, *, resume: bool = False
+    config: Config,
+    cohort: Cohort,
+    plan: Plan,
+    folder: RunFolder,
+    tracker: Tracker,
+    *,
+    resume: bool = False,
+    lungs: LungView | None = None,
 ) -> Result:
     """Train the network of a config to fill in hidden patches of the cohort's training images; write its weights.
 
     Schedule, batches and augmentation are those of `train` and `augment`. The weights have the network's names, its
     head as it was at random: `model.weights` takes them.
+
+    Args:
+        lungs: what the classifier will see of a radiograph.
 
     Raises:
         UserError: the task is not one of radiographs, the network no single encoder, or its maps do not divide the
@@ -46,7 +57,8 @@ def run(
     device, bf16 = prepare_torch(config)
     write_text(folder.path / "config.yaml", dump_config(config))
     write_plan(folder.path / "plan.yaml", plan)
-    examples = load_examples(cohort, cohort.split("train"), plan, folder.workspace / "cache", what="training cases")
+    cases, cache = cohort.split("train"), folder.workspace / "cache"
+    examples = load_examples(cohort, cases, plan, cache, label_maps=False, lungs=lungs, what="training cases")
     source = BatchSource(
         examples,
         plan.patch_size,

@@ -151,7 +151,7 @@ def test_a_view_needs_masks_only_where_it_hides_something() -> None:
                 "lungs": {"mask": "tight"},
                 "plan": {"appearance": {"match_sharpness": True}},
             },
-            "what whole images show",
+            "cannot match what lungs.mask 'tight' shows",
         ),
         ({"lungs": {}, "task": {"kind": "segmentation", "labels": {"lung": 1}}}, "those of radiographs"),
     ],

@@ -409,7 +409,7 @@ def test_a_budget_takes_radiographs_to_smaller_batches_then_sizes(tmp_path: Path
 def test_training_without_a_plan_measures_only_for_a_budget(boxes: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Literal["measured"]] = []
 
-    def measured(*_: object) -> None:
+    def measured(*_: object, lungs: None = None) -> None:
         asked.append("measured")
 
     monkeypatch.setattr("medseg.train.planning.measured_plan", measured)

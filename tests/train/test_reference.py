@@ -7,10 +7,11 @@ import numpy as np
 from synthetic import radiograph_cohort, tiny_radiograph_config
 
 from medseg.data.appearance import PERCENTILES, detail_of, landmarks_of
+from medseg.data.lung_view import LungView
 from medseg.data.preprocess import prepare
 from medseg.images import read_image, write_png
 from medseg.plan import Appearance
-from medseg.train.planning import make_plan
+from medseg.train.planning import make_plan, plan_key
 
 MATCHED = tiny_radiograph_config("plan.appearance={histogram: landmarks, match_sharpness: true}")
 
@@ -42,3 +43,28 @@ def test_validation_and_test_cases_have_no_say(tmp_path: Path) -> None:
         if case.split != "train":
             write_png(cohort.image_paths(case)[0], np.arange(1440, dtype=np.uint16).reshape(40, 36))
     assert make_plan(MATCHED, cohort).appearance == before
+
+
+def test_sharpness_is_that_of_the_lungs_rectangle_where_no_more_is_seen(tmp_path: Path) -> None:
+    cohort = radiograph_cohort(tmp_path)
+    labels = np.zeros((40, 36), dtype=np.uint8)
+    labels[8:30, 6:16] = labels[8:30, 20:30] = 1
+    boxed = tiny_radiograph_config("lungs={mask: box}", "plan.appearance={crop_padding: true, match_sharpness: true}")
+    assert boxed.lungs is not None
+    view = LungView(boxed.lungs, segment=lambda _: labels)
+    looks = make_plan(boxed, cohort, view).appearance
+    whole = tiny_radiograph_config("plan.appearance={crop_padding: true, match_sharpness: true}")
+    assert make_plan(whole, cohort).appearance.detail_sd != looks.detail_sd
+    plan = replace(make_plan(boxed, cohort, view), appearance=replace(looks, detail_sd=()))
+    images = [view.show([read_image(cohort.image_paths(case)[0])]) for case in cohort.split("train")]
+    found = [detail_of(prepare(shown, plan).image[0]) for shown in images]
+    assert np.allclose(np.median(found, axis=0), looks.detail_sd, rtol=1e-4)
+
+
+def test_folds_that_see_other_lungs_are_planned_anew(tmp_path: Path) -> None:
+    cohort = radiograph_cohort(tmp_path)
+    sets = ("plan.appearance={crop_padding: true, match_sharpness: true}",)
+    keys = {
+        plan_key(tiny_radiograph_config(*sets, f"lungs={{mask: box, dilate: {by}}}"), cohort) for by in (0.02, 0.05)
+    }
+    assert len(keys) == 2
