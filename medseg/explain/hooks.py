@@ -38,6 +38,27 @@ def frozen(net: nn.Module) -> Iterator[None]:
             weight.requires_grad_(flag)
 
 
+@contextmanager
+def run_order(net: nn.Module) -> Iterator[list[str]]:
+    """Dotted names of the modules with parameters of their own, in the order in which they first run in the block."""
+    ran: list[str] = []
+
+    def noting(name: str) -> Callable[[nn.Module, Any], None]:
+        def note(module: nn.Module, inputs: object) -> None:
+            if name not in ran:
+                ran.append(name)
+
+        return note
+
+    own = [(n, module) for n, module in net.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_pre_hook(noting(name)) for name, module in own]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class Activation:
     """What a layer put out when the network last ran; `value` is part of the graph, None before the first run."""

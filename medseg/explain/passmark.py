@@ -1,7 +1,7 @@
 """The pass mark of one explanation: every check that the config asks for, with value, threshold and verdict."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class Explained:
     Attributes:
         layer: dotted name. map_BDHW: at the layer's own size, for the one image of `probe`.
         mask: (*space) on the image's grid, where the evidence should be; None when nobody knows.
+        order: of the network's modules, see `run_order`; empty when it is yet to be found.
     """
 
     probe: Probe
@@ -41,6 +42,7 @@ class Explained:
     map_BDHW: Tensor
     mask: NDArray[np.generic] | None = None
     config: MethodConfig = field(default_factory=MethodConfig)
+    order: Sequence[str] = ()
 
     @property
     def values(self) -> Float:
@@ -95,7 +97,7 @@ def measure(explained: Explained, checks: ExplainChecksConfig) -> dict[str, dict
                     explained.map_BDHW[0].cpu().numpy(), explained.again(probe.x_1CDHW, probe.score, net=net)[0]
                 )
             )
-            for net in cascade(probe.net, probe.x_1CDHW, checks.stages, checks.seed)
+            for net in cascade(probe.net, probe.x_1CDHW, checks.stages, checks.seed, explained.order)
         ]
         found["randomisation"] = {"value": similar[-1], "stages": similar}
     if "stability" in wanted:

@@ -20,6 +20,7 @@ from medseg.explain.targets import Score
 
 BLUR = 0.05
 """Standard deviation of the blurred baseline, as a share of each side of the image."""
+_CPU_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Probe:
     """A network, one image and what is asked of it; every figure below is of this image.
 
     Attributes:
-        x_1CDHW: the image. score: of one sample. batch_size: of perturbed copies.
+        x_1CDHW: the image. score: of one sample. batch_size: of perturbed copies, at most; on a CPU four, since more do
+            not fit its cache.
     """
 
     net: nn.Module
@@ -37,10 +39,10 @@ class Probe:
 
     def probabilities(self, copies: Sequence[Tensor]) -> NDArray[np.float64]:
         """Probability of the class for perturbed copies of the image, each (C, *space)."""
-        found = []
+        found, step = [], self.batch_size if self.x_1CDHW.is_cuda else min(self.batch_size, _CPU_BATCH)
         with frozen(self.net), torch.no_grad():
-            for first in range(0, len(copies), self.batch_size):
-                part = torch.stack(list(copies[first : first + self.batch_size]))
+            for first in range(0, len(copies), step):
+                part = torch.stack(list(copies[first : first + step]))
                 logits = first_output(self.net(part))
                 found.append(self.score.take([0] * len(part)).probability(logits).double().cpu())
         return torch.cat(found).numpy()

@@ -1,25 +1,29 @@
 """Draw a network's weights anew, from the top down (cascading randomisation; Adebayo et al. 2018, section 3.1)."""
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medseg.explain.hooks import frozen
+from medseg.explain.hooks import frozen, run_order
 
 
-def cascade(net: nn.Module, x_1CDHW: Tensor, stages: int, seed: int = 0) -> Iterator[nn.Module]:
+def cascade(
+    net: nn.Module, x_1CDHW: Tensor, stages: int, seed: int = 0, order: Sequence[str] = ()
+) -> Iterator[nn.Module]:
     """Copies of `net`, which itself is not touched: each stage has a further part randomised, the last one all.
 
     Modules are taken in reverse of the order in which they run for this image. Each of their parameters is drawn
     from a normal distribution of its own mean and standard deviation, so that the scale of the activations stays.
     Running statistics stay as they are.
+
+    Args:
+        order: what `run_order` has seen of such an image; by default the network runs once to find out.
     """
     copied = copy.deepcopy(net)
-    modules = _in_order(copied, x_1CDHW)[::-1]
+    modules = [copied.get_submodule(name) for name in reversed(order or _in_order(copied, x_1CDHW))]
     generator = torch.Generator().manual_seed(seed)
     for part in np.array_split(np.arange(len(modules)), min(stages, max(1, len(modules)))):
         for index in part:
@@ -28,22 +32,9 @@ def cascade(net: nn.Module, x_1CDHW: Tensor, stages: int, seed: int = 0) -> Iter
         yield copied
 
 
-def _in_order(net: nn.Module, x_1CDHW: Tensor) -> list[nn.Module]:
-    """Modules with parameters of their own, in the order of their first run."""
-    ran: list[nn.Module] = []
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module not in ran:
-            ran.append(module)
-
-    own = [module for module in net.modules() if next(module.parameters(recurse=False), None) is not None]
-    handles = [module.register_forward_pre_hook(note) for module in own]
-    try:
-        with frozen(net), torch.no_grad():
-            net(x_1CDHW.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+def _in_order(net: nn.Module, x_1CDHW: Tensor) -> list[str]:
+    with frozen(net), torch.no_grad(), run_order(net) as ran:
+        net(x_1CDHW.clone())
     return ran
 
 

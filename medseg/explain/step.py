@@ -20,7 +20,7 @@ from medseg.data.lung_view import LungFields, read_mask, visible
 from medseg.data.preprocess import Prepared, prepare
 from medseg.explain import LAYERLESS, explain_score, passmark, summary
 from medseg.explain.export_sc import OVERLAY
-from medseg.explain.hooks import frozen, logits_and_layer
+from medseg.explain.hooks import frozen, logits_and_layer, run_order
 from medseg.explain.outputs import MAPS, restore_map, write_map, write_overlay
 from medseg.explain.passmark import Explained
 from medseg.explain.perturb import Probe
@@ -277,14 +277,13 @@ class _Maker:
         device = next(self.net.parameters()).device
         x_BCDHW = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None].to(device)
         region_BDHW = None if region is None else torch.from_numpy(region)[None].to(device)
-        with frozen(self.net):
+        with frozen(self.net), run_order(self.net) as order:
             wanted = "input" if config.method in LAYERLESS else config.layer
             logits, layer = logits_and_layer(self.net, x_BCDHW, wanted)
         score = make_score(logits, self.labels[target], region_BDHW, exclusive=exclusive)
         found = explain_score(self.net, x_BCDHW, score, config.method, layer, size="layer", config=methods)
-        return Explained(
-            Probe(self.net, x_BCDHW, score, methods.batch_size), config.method, layer, found, mask, methods
-        )
+        probe = Probe(self.net, x_BCDHW, score, methods.batch_size)
+        return Explained(probe, config.method, layer, found, mask, methods, order)
 
 
 def _read_pred(folder: Path) -> Volume | None:

@@ -17,6 +17,7 @@ from medseg.explain.checks import (
     rank_correlation,
     removal_rank,
 )
+from medseg.explain.hooks import run_order
 from medseg.explain.imputation import impute, neighbour_weights
 from medseg.explain.passmark import CHECKS, Explained, failed, judge, measure
 from medseg.explain.perturb import Probe, deletion_insertion, road
@@ -198,6 +199,30 @@ def test_randomisation_goes_from_the_top_and_leaves_the_network() -> None:
     assert changed == [{"3.weight", "3.bias"}, {"3.weight", "3.bias"}, {"3.weight", "3.bias", "0.weight", "0.bias"}]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_an_order_that_was_seen_before_spares_a_pass_and_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)).eval()
+    x = torch.randn(1, 1, 9, 9)
+    passes: list[int] = []
+    net.register_forward_hook(lambda *_: passes.append(1))
+    with run_order(net) as order:
+        net(x)
+    assert order == ["0", "4"]
+    found = [[stage.state_dict() for stage in map(copy.deepcopy, cascade(net, x, 2, 0, o))] for o in ((), order)]
+    assert len(passes) == 2  # the one above, and one to find the order
+    for mine, other in zip(*found, strict=True):
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_probabilities_do_not_depend_on_how_many_copies_are_seen_at_once(batch_size: int) -> None:
+    probe, _ = _probe(dims=3, side=8)
+    copies = list(torch.randn(7, *probe.x_1CDHW.shape[1:], generator=torch.Generator().manual_seed(0)))
+    alone = np.concatenate([probe.probabilities([one]) for one in copies])
+    found = Probe(probe.net, probe.x_1CDHW, probe.score, batch_size).probabilities(copies)
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
 
 
 def test_a_map_that_ignores_the_weights_fails_the_randomisation() -> None:

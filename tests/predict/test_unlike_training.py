@@ -19,7 +19,7 @@ from medseg.files import UserError, read_json, read_rows
 from medseg.images import write_nifti
 from medseg.ledger import read_ledger
 from medseg.models import build_from_config
-from medseg.models.features import mean_features
+from medseg.models.features import _mean_and_deviation, mean_features
 from medseg.plan import Plan
 from medseg.predict import Predictor, segment_array, step
 from medseg.report import step as report_step
@@ -192,3 +192,11 @@ def test_a_new_verdict_keeps_the_distance_and_a_changed_file_is_noticed(tmp_path
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"distance\.safetensors differs from its hash"):
         load_bundle(again.folder)
+
+
+def test_deviations_are_those_of_torch_for_either_layout() -> None:
+    x = 5 + 2 * torch.randn(2, 3, 20, 30, 10, generator=torch.Generator().manual_seed(0))
+    deviation, mean = torch.std_mean(x.double().flatten(2), 2)
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last_3d)):
+        found = _mean_and_deviation(laid_out).double()
+        torch.testing.assert_close(found, torch.cat([mean, deviation], 1), rtol=1e-6, atol=0)
