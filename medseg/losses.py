@@ -26,6 +26,17 @@ class WithLosses(NamedTuple):
     losses: Mapping[str, Tensor]
 
 
+class Heads(NamedTuple):
+    """What a deeply supervised network puts out in training; in evaluation it puts out the logits of the first alone.
+
+    Attributes:
+        logits: of each head, of the target's size. weights: with which their losses count.
+    """
+
+    logits: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+
+
 def losses_of(loss: nn.Module, output: Any, *targets: Tensor) -> dict[str, Tensor]:
     """`loss`, the sum that is minimised; beside it `<name>_loss` of each that the network itself brings."""
     if not isinstance(output, WithLosses):
@@ -91,7 +102,7 @@ def _per_voxel(of_class_BK: Tensor, like_BKDHW: Tensor) -> Tensor:
 
 
 class HeadMean(nn.Module):
-    """The loss of one tensor, or its mean over the heads of a deeply supervised network.
+    """The loss of one tensor, or its mean over the heads of a deeply supervised network, weighted as these say.
 
     Zhou et al. 2020 (arXiv:1912.05074) add the heads' losses with weights of 1; the mean is that sum over the number
     of heads, so that learning rate and clipping mean the same with and without deep supervision.
@@ -102,11 +113,14 @@ class HeadMean(nn.Module):
         self.loss = loss
 
     def forward(
-        self, logits: Tensor | Mapping[int, Tensor], target: Tensor, annotated_BK: Tensor | None = None
+        self, logits: Tensor | Mapping[int, Tensor] | Heads, target: Tensor, annotated_BK: Tensor | None = None
     ) -> Tensor:
-        """Scalar loss; a mapping goes from level to logits of the target's size."""
-        heads = [logits] if isinstance(logits, Tensor) else list(logits.values())
-        return torch.stack([self.loss(head, target, annotated_BK) for head in heads]).mean()
+        """Scalar loss; a mapping goes from level to logits of the target's size, which count alike."""
+        if isinstance(logits, Tensor):
+            return self.loss(logits, target, annotated_BK)  # type: ignore[no-any-return]
+        heads = logits if isinstance(logits, Heads) else Heads(tuple(logits.values()), (1.0,) * len(logits))
+        losses = [w * self.loss(head, target, annotated_BK) for head, w in zip(*heads, strict=True)]
+        return torch.stack(losses).sum() / sum(heads.weights)
 
 
 class ClassificationLoss(nn.Module):

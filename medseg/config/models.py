@@ -62,7 +62,8 @@ class DynUNetConfig(NetworkConfig):
 
     A null `strides` halves every axis between two levels, a null `kernels` is 3 everywhere. For voxels that are long in
     one axis, give one list per step (`strides: [[2, 2, 1], 2]`) or per level (`kernels: [[3, 3, 1], 3, 3]`), in the
-    order of the array's axes.
+    order of the array's axes. With `deep_supervision` every level of the decoder but the coarsest is trained by a head,
+    whose loss has half the weight of the level above it.
     """
 
     name: Literal["dynunet"] = "dynunet"
@@ -70,6 +71,7 @@ class DynUNetConfig(NetworkConfig):
     strides: tuple[Count | Steps, ...] | None = None
     kernels: tuple[Count | Steps, ...] | None = None
     res_block: bool = False
+    deep_supervision: bool = False
 
     @model_validator(mode="after")
     def _check_levels(self) -> "DynUNetConfig":

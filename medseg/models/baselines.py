@@ -2,8 +2,9 @@
 
 import importlib.util
 
+import torch
 from monai.networks import nets
-from torch import nn
+from torch import Tensor, nn
 
 from medseg.config import (
     AttentionUNetConfig,
@@ -14,6 +15,7 @@ from medseg.config import (
     UNetConfig,
 )
 from medseg.files import UserError
+from medseg.losses import Heads
 
 # The sizes of Roy et al. 2023 (arXiv:2303.09975): expansions of the encoder and of the bottleneck, blocks of the
 # encoder and of the bottleneck. The decoder mirrors the encoder.
@@ -58,7 +60,8 @@ def build_attention_unet(
 def build_dynunet(config: DynUNetConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
     """nnU-Net's plain convolutional U-Net: instance norm, leaky ReLU, one strided convolution between levels."""
     strides = config.steps(spatial_dims)
-    module: nn.Module = nets.DynUNet(
+    network = SupervisedDynUNet if config.deep_supervision else nets.DynUNet
+    module: nn.Module = network(
         spatial_dims=spatial_dims,
         in_channels=in_channels,
         out_channels=out_channels,
@@ -67,10 +70,24 @@ def build_dynunet(config: DynUNetConfig, spatial_dims: int, in_channels: int, ou
         upsample_kernel_size=strides,
         filters=list(config.channels),
         norm_name=("instance", {"affine": True}),
-        deep_supervision=False,
+        deep_supervision=config.deep_supervision,
+        deep_supr_num=max(1, len(config.channels) - 3),
         res_block=config.res_block,
     )
     return module
+
+
+class SupervisedDynUNet(nets.DynUNet):  # type: ignore[misc]
+    """DynUNet that is trained at the coarser levels of its decoder too, with the weights of Isensee et al. 2021."""
+
+    def forward(self, x_BCDHW: Tensor) -> Tensor | Heads:
+        """logits_BKDHW; in training mode those of every head, the coarser enlarged to the image's size."""
+        logits: Tensor = super().forward(x_BCDHW)
+        self.heads[:] = [torch.zeros(1)] * len(self.heads)  # a network that keeps a graph's tensors cannot be copied
+        if not self.training:
+            return logits
+        heads = logits.unbind(1)
+        return Heads(heads, tuple(0.5**level for level in range(len(heads))))
 
 
 def build_segresnet(config: SegResNetConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
