@@ -11,6 +11,8 @@ from medseg.bundle_writing import save_bundle
 from medseg.config import Config, validate_config
 from medseg.files import UserError, read_json, sha256_file
 from medseg.models import build_from_config
+from medseg.models.layout import placed
+from medseg.models.norms import with_norms
 from medseg.plan import Plan
 from medseg.predict import load_network
 from medseg.runs import create_run
@@ -45,7 +47,8 @@ def test_round_trip_gives_equal_logits_bit_for_bit(tmp_path: Path) -> None:
     bundle = load(save(tmp_path / "b"))
     x = torch.randn(1, 2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(load_network(bundle, torch.device("cpu"))(x), network()(x))
+        same = with_norms(placed(network(), torch.device("cpu")))
+        assert torch.equal(load_network(bundle, torch.device("cpu"))(x), same(x))
     assert (bundle.config, bundle.plan, bundle.labels) == (CONFIG, PLAN, {"left": 1, "right": 2})
     assert bundle.identity() == {"name": "tiny", "sha256": bundle.sha256, "run_id": "r1"}
     assert (bundle.temperature, bundle.operating_point) == (1.0, None)

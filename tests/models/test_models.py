@@ -19,6 +19,7 @@ from medseg.losses import WithLosses
 from medseg.models import MODELS, build_model
 from medseg.models.features import features_and_logits, mean_features
 from medseg.models.layout import placed
+from medseg.models.norms import with_norms
 from medseg.plan import Plan
 from medseg.predict import load_network
 
@@ -155,7 +156,7 @@ def test_features_of_an_image_are_the_mean_over_its_passes(name: str, dims: int)
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_a_bundle_gives_the_network_back(name: str, dims: int, tmp_path: Path) -> None:
-    net, x = placed(build(name, dims).eval(), torch.device("cpu")), image(name, dims)
+    net, x = with_norms(placed(build(name, dims).eval(), torch.device("cpu"))), image(name, dims)
     kind = "classification" if MODELS[name][0].classifies else "segmentation"
     config = validate_config(
         {
