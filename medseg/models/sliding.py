@@ -78,6 +78,7 @@ def averaged(nets: Sequence[nn.Module], mirror_axes: Sequence[int] = ()) -> Call
         for net in nets:
             for dims in flips:
                 logits = _checked(net, window.flip(dims) if dims else window)
+                logits = logits.to(window.dtype)  # bf16 is no type to add in
                 logits = logits.flip(dims) if dims else logits
                 total = logits if total is None else total + logits
         assert total is not None

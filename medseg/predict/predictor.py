@@ -28,6 +28,7 @@ from medseg.models.ensemble import Ensemble
 from medseg.models.features import mean_features
 from medseg.models.layout import placed
 from medseg.models.norms import with_norms
+from medseg.models.precision import autocast
 from medseg.models.sliding import fast_batch
 from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
@@ -209,18 +210,19 @@ class Predictor:
         covered = prepared.covered_shape
         volume = len(covered) == 3
         axes = closest_axes(prepared.native_affine)[0] if volume else range(2)
-        labels = segment_array(
-            self.net,
-            image,
-            plan.patch_size,
-            config.overlap,
-            out_shape=tuple(covered[axis] for axis in axes),
-            memory_gb=config.memory_gb,
-            window_batch=max(config.window_batch, fast_batch(plan.patch_size, self.device)),
-            mirror_axes=config.mirror_axes,
-            air_below=normalised_limit(config.air_below, plan),
-            announce=announce,
-        )
+        with autocast(config.precision, self.device):
+            labels = segment_array(
+                self.net,
+                image,
+                plan.patch_size,
+                config.overlap,
+                out_shape=tuple(covered[axis] for axis in axes),
+                memory_gb=config.memory_gb,
+                window_batch=max(config.window_batch, fast_batch(plan.patch_size, self.device)),
+                mirror_axes=config.mirror_axes,
+                air_below=normalised_limit(config.air_below, plan),
+                announce=announce,
+            )
         return from_canonical(labels, prepared.native_affine) if volume else prepared.onto_scan(labels)
 
     def _cleaned(self, mask: Volume) -> Volume:
@@ -232,7 +234,8 @@ class Predictor:
     @torch.inference_mode()
     def _classify(self, prepared: Prepared) -> dict[str, float]:
         image = torch.from_numpy(prepared.image)[None].to(self.device)
-        logits = self.net(image)[0].float() / self.bundle.temperature
+        with autocast(self.bundle.config.predict.precision, self.device):
+            logits = self.net(image)[0].float() / self.bundle.temperature
         if not torch.isfinite(logits).all():
             raise ValueError("the network's logits are not finite; its weights or the image are damaged")
         if self.bundle.verdict is not None:

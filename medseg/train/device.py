@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from medseg.files import UserError
+from medseg.models.precision import use_bf16 as use_bf16
 from medseg.runs import container_memory
 
 
@@ -22,15 +23,6 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if wanted == "cuda" and not available:
         raise UserError("device 'cuda': no GPU is visible to torch; set device to 'auto' or 'cpu'.")
     return torch.device("cuda" if available and wanted != "cpu" else "cpu")
-
-
-def use_bf16(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
-    """Whether to autocast to bfloat16: `auto` says yes where the hardware multiplies in it."""
-    if wanted != "auto":
-        return wanted == "bf16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def check_compiler(device: torch.device) -> None:
