@@ -10,6 +10,9 @@ from medseg.predict.heads import Headless, WindowLogits, ending, may_be_split
 from medseg.predict.slabs import ADD_VALUES
 from medseg.predict.sweep import Sweep
 
+Watch = Callable[[Tensor, Tensor, nn.Module | None], None]
+"""Takes windows_BCDHW and their logits_BKDHW, or features_BCDHW and the head that makes logits of them part by part."""
+
 
 class Answers:
     """What the networks say of the windows of an image; they are asked once of even windows of one value in a row.
@@ -23,6 +26,7 @@ class Answers:
         image: CDHW or CHW.
         sweep, even: windows of the image.
         device: of the networks.
+        watch: is told of all windows that are not even. Hooks of the network then need not see its logits.
 
     Attributes:
         classes: of the logits; 0 before `first`.
@@ -37,9 +41,12 @@ class Answers:
         sweep: Sweep,
         even: EvenWindows,
         device: torch.device,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch, hooked = watch, watch is not None
         self.even, self.device, self.classes, self.taken_gb = even, device, 0, 0.0
-        splits = len(nets) == 1 and not mirror_axes and device.type == "cpu" and may_be_split(nets[0])
+        alone = len(nets) == 1 and not mirror_axes
+        splits = alone and device.type == "cpu" and may_be_split(nets[0], hooked=hooked)
         self._splits = nets[0] if splits else None
         self._predict, self._image, self._axes = averaged(nets, mirror_axes), image, sweep.axes
         self._patch_size = [axis.patch for axis in sweep.axes]
@@ -57,7 +64,7 @@ class Answers:
             logits = self._ask(batch)
             self.classes, self.taken_gb = logits.shape[1], taken_gb()
             return [WindowLogits(one) for one in logits]
-        with ending(self._splits, taken_gb) as ended:
+        with ending(self._splits, taken_gb, hooked=self._watch is not None) as ended:
             logits = self._ask(batch)
         self.classes, self.taken_gb = logits.shape[1], taken_gb()
         found = ended(logits)
@@ -77,7 +84,11 @@ class Answers:
     def _ask(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits_BKDHW as float32, or features_BCDHW for the head."""
         if batch[0] not in self.even.values:
-            return self._net(torch.stack([self._cut(index) for index in batch]))
+            windows_BCDHW = torch.stack([self._cut(index) for index in batch])
+            answers = self._net(windows_BCDHW)
+            if self._watch is not None:
+                self._watch(windows_BCDHW, answers, self._head)
+            return answers
         values = self.even.values[batch[0]]
         if self._kept is None or self._kept[0] != values:
             self._kept = None  # before the network needs the memory

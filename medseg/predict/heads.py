@@ -72,11 +72,14 @@ class Ending:
 
 
 @contextmanager
-def ending(net: nn.Module, taken_gb: Callable[[], float]) -> Iterator[Callable[[Tensor], Ending | None]]:
+def ending(
+    net: nn.Module, taken_gb: Callable[[], float], *, hooked: bool = False
+) -> Iterator[Callable[[Tensor], Ending | None]]:
     """Watch how a network makes logits in the block; afterwards a function gives the head that made given ones.
 
     Args:
         taken_gb: the memory taken so far at its peak.
+        hooked: whether the head may have hooks, which it then has in vain.
     """
     calls: list[str] = []
     last: list[tuple[nn.Module, Tensor, float]] = []
@@ -89,7 +92,7 @@ def ending(net: nn.Module, taken_gb: Callable[[], float]) -> Iterator[Callable[[
         calls.append(names[module])
         made[:] = [Ending(names[module], *last[0][:2], output, last[0][2])]
 
-    names = {module: name for name, module in net.named_modules() if is_pointwise(module)}
+    names = {module: name for name, module in net.named_modules() if is_pointwise(module, hooked=hooked)}
     handles = [module.register_forward_pre_hook(begin) for module in names]
     handles += [module.register_forward_hook(end) for module in names]
 
@@ -104,17 +107,17 @@ def ending(net: nn.Module, taken_gb: Callable[[], float]) -> Iterator[Callable[[
             handle.remove()
 
 
-def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution that sees one voxel at a time, and that nobody watches."""
-    if not isinstance(module, nn.Conv2d | nn.Conv3d) or _is_watched(module):
+def is_pointwise(module: nn.Module, *, hooked: bool = False) -> bool:
+    """Whether a module is a convolution that sees one voxel at a time, and that nobody watches, unless it may be."""
+    if not isinstance(module, nn.Conv2d | nn.Conv3d) or (_is_watched(module) and not hooked):
         return False
     alone = {*module.kernel_size, *module.stride} == {1}
     return alone and module.padding in ((0,) * len(module.kernel_size), "valid", "same")
 
 
-def may_be_split(net: nn.Module) -> bool:
-    """Whether nothing but its caller takes the network's logits: no hook, no compiler."""
-    return not _is_watched(net) and not hasattr(net, "_orig_mod") and not torch.is_autocast_enabled("cpu")
+def may_be_split(net: nn.Module, *, hooked: bool = False) -> bool:
+    """Whether nothing but its caller takes the network's logits: no hook, unless it may have one, and no compiler."""
+    return (hooked or not _is_watched(net)) and not hasattr(net, "_orig_mod") and not torch.is_autocast_enabled("cpu")
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from medseg.bundle import Bundle, read_weights
-from medseg.bundle_files import WEIGHTS
+from medseg.bundle import Bundle
 from medseg.cohort import Finding
 from medseg.config import LungsConfig
 from medseg.data.lung_view import LungFields, LungView, visible
@@ -23,15 +22,15 @@ from medseg.files import UserError
 from medseg.ingest.scan import Refused, Scan
 from medseg.ingest.sources import discover
 from medseg.label_sets import call_labels
-from medseg.models import build_from_config
 from medseg.models.ensemble import Ensemble
 from medseg.models.features import mean_features
 from medseg.models.layout import placed
-from medseg.models.norms import with_norms
 from medseg.models.precision import autocast
 from medseg.models.sliding import fast_batch
+from medseg.predict.answers import Watch
 from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
+from medseg.predict.network import choose_device, load_network
 from medseg.predict.postprocess import apply_all
 from medseg.predict.priors import Prior
 from medseg.predict.trust import Trust, judge
@@ -173,8 +172,11 @@ class Predictor:
                 announce(found)
 
         temperatures = [float(member["temperature"]) for member in bundle.members] or [bundle.temperature]
-        with watched(self.net, temperatures, bundle.config.predict.mirror_axes) as watcher:
-            mask = self._cleaned(Volume(self._segment(prepared, listen, prior), scan.channels[0].affine))
+        axes = bundle.config.predict.mirror_axes
+        alone = not axes and not isinstance(self.net, Ensemble)  # then logits may be made in parts
+        with watched(self.net, temperatures, axes, hooks=not alone) as watcher:
+            labels = self._segment(prepared, listen, prior, watcher.see if alone else None)
+        mask = self._cleaned(Volume(labels, scan.channels[0].affine))
         volumes_ml = measure_volumes(mask, bundle.labels) if scan.kind == "volume" else {}
         trust = judge(watcher.features(bundle.labels), bundle.evidence)
         flags = (*check_mask(mask, bundle.labels), *check_volumes(volumes_ml, bundle.evidence))
@@ -185,7 +187,7 @@ class Predictor:
 
     def segment(self, image: Volume) -> NDArray[Any]:
         """The label map of a radiograph on its own grid, as `predict` makes it."""
-        labels = self._segment(prepare([image], self.bundle.plan), lambda found: None, None)
+        labels = self._segment(prepare([image], self.bundle.plan))
         return self._cleaned(Volume(labels, image.affine)).array
 
     def predict_file(self, path: Path) -> Prediction:
@@ -201,7 +203,13 @@ class Predictor:
         except Refused as error:
             raise UserError(f"{path}: {error.reason}") from error
 
-    def _segment(self, prepared: Prepared, announce: Callable[[WorkingSet], None], prior: Prior | None) -> NDArray[Any]:
+    def _segment(
+        self,
+        prepared: Prepared,
+        announce: Callable[[WorkingSet], None] | None = None,
+        prior: Prior | None = None,
+        watch: Watch | None = None,
+    ) -> NDArray[Any]:
         plan, config = self.bundle.plan, self.bundle.config.predict
         image = torch.from_numpy(prepared.image)
         if prior is not None and prior.codes is not None:
@@ -222,6 +230,7 @@ class Predictor:
                 mirror_axes=config.mirror_axes,
                 air_below=normalised_limit(config.air_below, plan),
                 announce=announce,
+                watch=watch,
             )
         return from_canonical(labels, prepared.native_affine) if volume else prepared.onto_scan(labels)
 
@@ -270,40 +279,6 @@ def lung_view(config: LungsConfig | None, model: Bundle | None, device: torch.de
     if config is None:
         return None
     return LungView(config, model, Predictor(model, device).segment if model is not None else None)
-
-
-def load_network(bundle: Bundle, device: torch.device | None = None) -> nn.Module:
-    """The bundle's network with its weights, in evaluation mode; of joined folds, an `Ensemble` of theirs.
-
-    Raises:
-        UserError: the weights are damaged or belong to another network.
-    """
-    members = [_network(bundle, str(member["weights"])) for member in bundle.members]
-    net = Ensemble(members) if members else _network(bundle, WEIGHTS)
-    return placed(with_norms(net), device or choose_device(bundle)).eval()
-
-
-def _network(bundle: Bundle, weights: str) -> nn.Module:
-    task = bundle.config.task
-    net = build_from_config(
-        bundle.config.model,
-        spatial_dims=task.spatial_dims,
-        in_channels=len(task.channels),
-        out_channels=task.out_channels,
-    )
-    try:
-        net.load_state_dict(read_weights(bundle, weights))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{bundle.folder}: the weights do not fit model {bundle.config.model.name!r} ({reason})."
-        ) from error
-    return net
-
-
-def choose_device(bundle: Bundle) -> torch.device:
-    """A GPU where there is one, unless the config says `cpu`; a model trained on a GPU still predicts without."""
-    return torch.device("cuda" if bundle.config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def called_class(probs: Mapping[str, float], operating_point: tuple[str, float] | None) -> str:

@@ -19,7 +19,7 @@ from medseg.models.ensemble import Ensemble
 from medseg.models.features import even
 from medseg.models.sliding import mirrored_dims
 
-_SLAB = 16  # slices of a window at a time: with many classes the probabilities of a window are large
+_SLAB, _VALUES = 16, 4_000_000  # slices and logits at a time: with many classes those of a window are large
 
 
 class Watcher:
@@ -40,8 +40,12 @@ class Watcher:
         self._plain: list[list[Tensor]] = []  # labels of the window seen without a flip, by slab and member
         self._mirrored: Tensor | None = None  # (member, figure, class): of the plain pass, and shared with each other
 
-    def see(self, window_BCDHW: Tensor, logits_BKDHW: Tensor) -> None:
-        """Take the logits of the next network for a window."""
+    def see(self, window_BCDHW: Tensor, logits_BKDHW: Tensor, head: nn.Module | None = None) -> None:
+        """Take the logits of the next network for a window.
+
+        Args:
+            logits_BKDHW: or features_BCDHW, of which `head` makes logits; then those of a window never exist at once.
+        """
         self._waiting.append(logits_BKDHW)
         if len(self._waiting) < self._members:
             return
@@ -55,8 +59,10 @@ class Watcher:
             return
         if len(telling) < len(window_BCDHW):
             answers = [logits[telling] for logits in answers]
-        for number, slab in enumerate(_slabs(answers[0].shape[2], reverse=2 in flip)):
-            called = self._add([logits[:, :, slab] for logits in answers])
+        step = _thickness(answers[0], head)
+        for number, slab in enumerate(_slabs(answers[0].shape[2], step, reverse=2 in flip)):
+            parts = [logits[:, :, slab] for logits in answers]
+            called = self._add(parts if head is None else [head(features) for features in parts])
             if len(self._flips) > 1:
                 self._compare(number, [labels.flip([dim - 1 for dim in flip]) for labels in called])
 
@@ -123,8 +129,14 @@ class Watcher:
 
 
 @contextmanager
-def watched(net: nn.Module, temperatures: Sequence[float], mirror_axes: Sequence[int] = ()) -> Iterator[Watcher]:
-    """Watch a network, or each network of an `Ensemble`, while the block runs; nothing about them changes."""
+def watched(
+    net: nn.Module, temperatures: Sequence[float], mirror_axes: Sequence[int] = (), *, hooks: bool = True
+) -> Iterator[Watcher]:
+    """Watch a network, or each network of an `Ensemble`, while the block runs; nothing about them changes.
+
+    Args:
+        hooks: whether to see what the networks put out; otherwise `see` is for who asks a single network.
+    """
     members = list(net.members) if isinstance(net, Ensemble) else [net]
     given = list(temperatures) if len(temperatures) == len(members) else [1.0] * len(members)
     watcher = Watcher(len(members), given, mirror_axes)
@@ -133,7 +145,7 @@ def watched(net: nn.Module, temperatures: Sequence[float], mirror_axes: Sequence
         if isinstance(output, Tensor) and output.ndim > 2:
             watcher.see(inputs[0], output)
 
-    handles = [member.register_forward_hook(see) for member in members]
+    handles = [member.register_forward_hook(see) for member in members if hooks]
     try:
         yield watcher
     finally:
@@ -141,10 +153,16 @@ def watched(net: nn.Module, temperatures: Sequence[float], mirror_axes: Sequence
             handle.remove()
 
 
-def _slabs(size: int, *, reverse: bool) -> Iterator[slice]:
+def _thickness(answer_BCDHW: Tensor, head: nn.Module | None) -> int:
+    """How many slices to look at together."""
+    classes = answer_BCDHW.shape[1] if head is None else len(head.weight)  # type: ignore[arg-type]
+    return min(max(_VALUES // (classes * answer_BCDHW[:, 0, 0].numel()), 1), _SLAB)
+
+
+def _slabs(size: int, step: int, *, reverse: bool) -> Iterator[slice]:
     """A window's slices in slabs; of one flipped along them, in the order in which they lie unflipped."""
-    for start in range(0, size, _SLAB):
-        stop = min(start + _SLAB, size)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
         yield slice(size - stop, size - start) if reverse else slice(start, stop)
 
 

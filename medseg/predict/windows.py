@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medseg.files import UserError
 from medseg.models.sliding import even_windows
-from medseg.predict.answers import Answers, batches
+from medseg.predict.answers import Answers, Watch, batches
 from medseg.predict.slabs import ADD_VALUES, Reduction, SlabSize, label_type, slab_size
 from medseg.predict.sweep import Sweep
 
@@ -67,6 +67,7 @@ def segment_array(
     mirror_axes: Sequence[int] = (),
     air_below: float | None = None,
     announce: Callable[[WorkingSet], None] | None = None,
+    watch: Watch | None = None,
 ) -> NDArray[np.unsignedinteger[Any]]:
     """Segment an image: sliding window, logits to the wanted grid, argmax, in one sweep of windows.
 
@@ -90,6 +91,7 @@ def segment_array(
             lowest value of the image, so that the network sees one of them. That may change labels. Windows of one
             value throughout are answered once in any case, which changes none.
         announce: is told the working set after the first batch of windows, before anything is held.
+        watch: see `Answers`.
 
     Returns:
         (D, H, W) class of each voxel: uint8 for at most 256 classes, else uint16. Of equal logits the lower class
@@ -111,7 +113,7 @@ def segment_array(
         for one in nets:
             one.eval()
         even = even_windows(image, [axis.starts for axis in sweep.axes], patch_size, air_below)
-        answers = Answers(nets, mirror_axes, image, sweep, even, device)
+        answers = Answers(nets, mirror_axes, image, sweep, even, device, watch)
         return _sweep_windows(sweep, answers, window_batch, memory_gb, announce)
     finally:
         for one, was_training in modes:

@@ -14,9 +14,12 @@ from medseg.files import read_json, read_rows, write_json
 from medseg.images import read_image, write_nifti
 from medseg.ledger import Row, read_ledger
 from medseg.metrics import dice
+from medseg.models import build_model
 from medseg.models.ensemble import Ensemble
-from medseg.predict import Predictor, segment_array, step
+from medseg.models.features import mean_features
+from medseg.predict import Predictor, answers, segment_array, step, watching
 from medseg.predict.flags import check_volumes
+from medseg.predict.heads import Headless
 from medseg.predict.trust import judge, write_queue
 from medseg.predict.watching import watched
 from medseg.volume import Volume
@@ -193,3 +196,47 @@ def test_results_and_ledger_carry_what_is_known(tmp_path: Path) -> None:
     assert 0.7 < said["soft_dice"] <= 1
     assert [row.expected_dice for row in read_ledger(tmp_path / "out" / "ledger.csv")] == [None, None]
     assert len(read_rows(tmp_path / "out" / "review_queue.csv")) == 2
+
+
+def test_a_sweep_that_makes_logits_in_parts_is_watched_to_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head makes the logits of a whole window once, to see whether parts give the same."""
+    torch.manual_seed(0)
+    classes, labels = 60, {f"label {n}": n for n in range(1, 60)}
+    net = build_model("dynunet", spatial_dims=3, in_channels=1, out_channels=classes, channels=[4, 8, 16]).eval()
+    image = np.random.default_rng(1).normal(size=(1, 48, 32, 32)).astype(np.float32)
+    image[:, :16] = -1  # the first window is even, and so no figure counts it
+    with mean_features(net, classifies=False) as (whole,), watched(net, [1.5]) as by_hooks:
+        plain = segment_array(net, image, (16, 16, 16), 0.5, window_batch=2)
+    made, head = list[int](), net.get_submodule("output_block.conv.conv")
+    monkeypatch.setattr(head, "forward", lambda x, f=head.forward: made.append(x[0, 0].numel()) or f(x))
+    monkeypatch.setattr(answers, "ADD_VALUES", 40_000)
+    with mean_features(net, classifies=False) as (parts,), watched(net, [1.5], hooks=False) as in_parts:
+        monkeypatch.setattr(watching, "_VALUES", 4 * classes * 16 * 16)
+        labelled = segment_array(net, image, (16, 16, 16), 0.5, window_batch=2, watch=in_parts.see)
+    assert np.array_equal(labelled, plain)
+    assert sum(voxels >= 16**3 for voxels in made) == 1
+    assert len(made) > 100
+    found, wanted = in_parts.features(labels), by_hooks.features(labels)
+    assert found.keys() == wanted.keys()
+    for name, features in wanted.items():
+        assert found[name].columns == pytest.approx(features.columns, rel=1e-6)
+    np.testing.assert_allclose(parts.mean(), whole.mean(), rtol=1e-6)
+    assert not net._forward_hooks
+
+
+def test_predicting_many_classes_never_holds_the_logits_of_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"name": "dynunet", "channels": [4, 8, 16]}
+    labels = {f"label {n}": n for n in range(1, 60)}
+    one = bundle(tmp_path / "bundle", config(labels, model=made), plan(patch_size=(16, 16, 16)))
+    predictor, asked = Predictor(one, torch.device("cpu")), list[Tensor | None]()
+    forward = Headless.forward
+    monkeypatch.setattr(Headless, "forward", lambda self, x: asked.append(forward(self, x)) or asked[-1])
+    scan = write_boxes(tmp_path / "scans", 1)
+    found = predictor.predict_file(scan)
+    assert found.confidence
+    features = [one for one in asked if one is not None]
+    assert len(features) == len(asked)
+    assert sum(map(len, features)) == found.windows["all"] - 2  # all but those of the first batch
+    assert {one.shape[1] for one in features} == {4}
