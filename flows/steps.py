@@ -10,6 +10,7 @@ that Prefect starts again, by hand or after a crash, goes on with its run from t
 
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def cross_validate_flow(
     overrides: list[str] | None = None,
     workspace: str | None = None,
     run_id: str | None = None,
+    seeds: int = 1,
 ) -> Result:
     """Train every fold as a run of its own, one after another, then join them into one model.
 
@@ -124,14 +126,17 @@ def cross_validate_flow(
         overrides: `a.b=c`, as `--set` takes them.
         workspace: by default `MEDSEG_WORKSPACE`.
         run_id: id for the run of the joined model, from which those of the folds follow; by default a new one.
+        seeds: how many networks each fold has, trained with the config's seed and those after it.
     """
     place, identity, sets = workspace_folder(workspace), current_run_id(), overrides or []
-    runs = []
-    for fold in range(road.load(config, sets).train.folds):
-        runs.append(f"{identity}-fold{fold}")
+    settings, runs = road.load(config, sets), []
+    for fold, more in product(range(settings.train.folds), range(seeds)):
+        runs.append(f"{identity}-fold{fold}" + (f"-seed{settings.seed + more}" if more else ""))
         if not folds.is_measured(place, runs[-1]):
-            train_flow(config, cohort, [*sets, f"train.fold={fold}"], str(place), run_id=runs[-1])
-    joined = call_step("join", place, lambda: folds.join(runs, place, run_id=identity), restartable=True)
+            mine = [*sets, f"train.fold={fold}", f"seed={settings.seed + more}"]
+            train_flow(config, cohort, mine, str(place), run_id=runs[-1])
+    of = Path(cohort)
+    joined = call_step("join", place, lambda: folds.join(runs, place, cohort=of, run_id=identity), restartable=True)
     return leave_artifacts(joined, place)
 
 

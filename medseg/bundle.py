@@ -85,7 +85,7 @@ class Bundle:
 
     @property
     def members(self) -> tuple[Mapping[str, Any], ...]:
-        """What is known of each joined fold: `run_id`, `fold`, `weights` (a file's name), `temperature`; else ()."""
+        """What is known of each joined network: `run_id`, `fold`, `seed`, `weights` (file), `temperature`; else ()."""
         return tuple(self.facts.get("members") or ())
 
     @property

@@ -49,6 +49,7 @@ def models_pretrain(
 def models_join(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished folds of one cross-validation.")],
     out: Annotated[Path | None, typer.Option(help="A second place for the bundle.")] = None,
+    cohort: Annotated[Path | None, typer.Option(help="Their cohort, for folds of several seeds.")] = None,
     workspace: Workspace = None,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +57,7 @@ def models_join(
     from medseg import folds
 
     then = next_command("evaluate", "RUN", workspace, cohort="DIR")
-    finish(lambda: folds.join(runs, workspace_of(workspace), out=out), as_json, then)
+    finish(lambda: folds.join(runs, workspace_of(workspace), cohort=cohort, out=out), as_json, then)
 
 
 @models_app.command("compare")

@@ -77,13 +77,14 @@ def _partly_annotated(plan: Plan) -> Iterator[str]:
 def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
     """What cross-validation says, where folds were joined."""
     members, evidence = facts.get("members") or (), facts.get("evidence") or {}
-    if not members:
+    if not members or not evidence:
         return
     yield "## Cross-validation"
     yield ""
-    folds = ", ".join(str(member["fold"]) for member in members)
-    yield f"{len(members)} networks whose logits are averaged, of the folds {folds} of {evidence['folds']}. Each case"
-    yield "was measured by the one network that had not seen it."
+    folds = sorted({member["fold"] for member in members})
+    named, each = ", ".join(map(str, folds)), len(members) > len(folds)
+    yield f"{len(members)} networks whose logits are averaged, of the folds {named} of {evidence['folds']}. Each case"
+    yield f"was measured by {'those networks' if each else 'the one network'} that had not seen it."
     yield ""
     if "mean_dice" not in evidence["cross_validation"]:
         auc = evidence["cross_validation"]["auc"]

@@ -239,18 +239,53 @@ def test_post_processing_that_the_bundle_speaks_for_is_applied_and_no_other(
         assert ((cleaned == 1).sum(), (cleaned == 2).sum()) == (left, 1)
 
 
+def test_a_fold_of_two_seeds_is_measured_by_the_mean_of_its_networks(
+    joined: tuple[Path, Path, list[str], Result],
+) -> None:
+    workspace, cohort_dir, runs, _ = joined
+    config = tiny_config(*SETS, "train.fold=0", "seed=1", "tracking.register_as=tiny")
+    runs = [*runs, road.train(config, cohort_dir, workspace).run_id]
+    with pytest.raises(UserError, match="name the folds' cohort by --cohort"):
+        folds.join(runs, workspace)
+    result = folds.join(runs, workspace, cohort=cohort_dir)
+    assert (result.figures["folds"], result.figures["networks"]) == (2, 3)
+    bundle = load_bundle(result.run_id, workspace)
+    assert [(member["fold"], member["seed"]) for member in bundle.members] == [(0, 0), (0, 1), (1, 0)]
+
+    pool = find_run(workspace, result.run_id).path / "folds"
+    assert [path.name for path in pool.iterdir()] == ["0"], "a fold of one network is taken as it was measured"
+    both, image = load_network(load_bundle(pool / "0" / "bundle")), torch.randn(1, 1, 16, 16, 16)
+    with torch.inference_mode():
+        parts = [load_network(load_bundle(run, workspace))(image) for run in (runs[1], runs[2])]
+        assert torch.allclose(both(image), (parts[0] + parts[1]) / 2, atol=1e-5)
+    measured = {row["case_id"]: row for row in read_rows(pool / "0" / "evaluation" / "val" / "cases.csv")}
+    unseen = {case.case_id for case in take_fold(read_cohort(cohort_dir), 0, 2, seed=0).split("val")}
+    assert set(measured) == unseen
+    table = {row["case_id"]: row for row in read_rows(bundle.folder / "out_of_fold.csv")}
+    assert len(table) == bundle.evidence["cross_validation"]["n_cases"] == 11, "each case once"
+    alone = read_rows(find_run(workspace, runs[1]).path / "evaluation" / "val" / "cases.csv")
+    for case_id in unseen:
+        assert float(table[case_id]["dice_anterior"]) == pytest.approx(
+            float(measured[case_id]["dice_anterior"]), abs=1e-5
+        )
+    assert any(row["dice_anterior"] != measured[row["case_id"]]["dice_anterior"] for row in alone)
+    assert "3 networks" in (bundle.folder / "MODEL_CARD.md").read_text()
+    predict_step.run(bundle, read_cohort(cohort_dir), pool / "test", split="test")
+    assert {row.status for row in read_ledger(pool / "test" / "ledger.csv")} <= {"done", "flagged"}
+
+
 @pytest.mark.slow
 def test_only_folds_of_one_cross_validation_are_joined(
     joined: tuple[Path, Path, list[str], Result], tmp_path: Path
 ) -> None:
     workspace, cohort_dir, runs, result = joined
-    with pytest.raises(UserError, match="fold 1 is named twice"):
+    with pytest.raises(UserError, match="fold 1 is named twice with the seed 0"):
         folds.join([runs[0], runs[0]], workspace)
     with pytest.raises(UserError, match="is no fold of a cross-validation"):
         folds.join([result.run_id, runs[0]], workspace)
     other = tiny_config(*SETS, "train.fold=0", "train.epochs=1", "train.weight_decay=0.1")
     stranger = road.train(other, cohort_dir, workspace).run_id
-    with pytest.raises(UserError, match=r"differs from that of .* in more than train\.fold"):
+    with pytest.raises(UserError, match=r"differs from that of .* in more than train\.fold and seed"):
         folds.join([stranger, runs[0]], workspace)
     alone = folds.join([runs[0]], workspace)
     assert alone.figures["missing_folds"] == [0]
