@@ -74,6 +74,8 @@ def _moments(x_1CDHW: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel."""
     rows = max(_AT_ONCE // x_1CDHW[0, 0, 0].numel(), 1)
     parts = torch.split(x_1CDHW, rows, 2)
+    if len(parts) == 1:
+        return torch.batch_norm_update_stats(x_1CDHW, None, None, 0.0)
     means, variances = zip(*[torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts], strict=True)
     means_PC, variances_PC = torch.stack(means).double(), torch.stack(variances).double()
     shares_P1 = torch.tensor([[part.shape[2]] for part in parts], dtype=torch.float64) / x_1CDHW.shape[2]
