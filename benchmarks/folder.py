@@ -2,23 +2,25 @@
 
     python benchmarks/folder.py BUNDLE COHORT                                   medseg alone
     python benchmarks/folder.py BUNDLE COHORT --nnunet PYTHON --threads 2 --rounds 3
+    python benchmarks/folder.py BUNDLE COHORT --set explain.max_cases=0 --set predict.precision=auto
 
 BUNDLE is a model that was trained on COHORT; the scans are those of the cohort's test split. Each row is a process of
 its own, and the rows take turns; `s` is what a clock shows, `cpu s` the processor time of the process and of all that
 it started, and the table gives medians.
 
 `medseg` is `medseg predict` with the bundle's own settings: mask, preview and result of each case, the ledger, a run in
-MLflow, and the activation maps of `explain.max_cases` cases with their checks, which training with
-`--set explain.max_cases=0` leaves out. PYTHON is an
-interpreter that has nnunetv2. With it nnU-Net plans for the training cases, a network of random weights is saved as
-fold 0 of its 3d_fullres configuration (weights cost no time), and `predict_from_files` is timed: half overlapping
-windows, Gaussian weights, mirrored along all axes in `nnunet`, not mirrored in `nnunet-plain`. It runs its network in
-the process itself and has `--workers` processes each to read and to write.
+MLflow, and the activation maps of `explain.max_cases` cases with their checks. `medseg-set` is the same with the
+settings that `--set` changes. PYTHON is an interpreter that has nnunetv2. With it nnU-Net plans for the training cases,
+a network of random weights is saved as fold 0 of its 3d_fullres configuration (weights cost no time), and
+`predict_from_files` is timed: half overlapping windows, Gaussian weights, mirrored along all axes in `nnunet`, not
+mirrored in `nnunet-plain`. It runs its network in the process itself and has `--workers` processes each to read and to
+write.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +29,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from medseg.bundle_files import digest
 from medseg.cohort import read_cohort
+from medseg.config import dump_config, load_config
+from medseg.files import read_json, sha256_file, write_json, write_text
 
 MEDSEG = "import sys; from medseg.cli import main; main()"
 START = """
@@ -111,6 +116,16 @@ def lay_out(cohort_dir: Path, folder: Path) -> int:
     return len(cohort.split("test"))
 
 
+def with_settings(bundle: Path, overrides: Sequence[str], folder: Path) -> Path:
+    """A copy of a bundle with other settings, which its hashes vouch for."""
+    shutil.copytree(bundle, folder)
+    write_text(folder / "config.yaml", dump_config(load_config(bundle / "config.yaml", overrides)))
+    facts = read_json(folder / "bundle.json")
+    facts["files"]["config.yaml"] = sha256_file(folder / "config.yaml")
+    write_json(folder / "bundle.json", {**facts, "sha256": digest(facts)})
+    return folder
+
+
 def run(command: Sequence[str | Path], environment: dict[str, str], log: Path) -> tuple[float, float]:
     """Wall and processor seconds of a process and of all that it starts. Raises SystemExit when it fails."""
     start = time.monotonic()
@@ -125,10 +140,11 @@ def run(command: Sequence[str | Path], environment: dict[str, str], log: Path) -
 
 def rows(options: argparse.Namespace, folder: Path, environment: dict[str, str]) -> dict[str, list[str | Path]]:
     """The command of each row; `OUT` stands for where its masks go."""
-    space = ["--workspace", folder / "workspace"]
-    found = {
-        "medseg": [sys.executable, "-c", MEDSEG, "predict", options.bundle, folder / "scans", "--out", "OUT", *space]
-    }
+    bundles = {"medseg": options.bundle}
+    if options.set:
+        bundles["medseg-set"] = with_settings(options.bundle, options.set, folder / "bundle")
+    more = [folder / "scans", "--out", "OUT", "--workspace", folder / "workspace"]
+    found = {name: [sys.executable, "-c", MEDSEG, "predict", bundle, *more] for name, bundle in bundles.items()}
     if options.nnunet:
         programs = {"prepare.py": PREPARE, "predict.py": PREDICT}
         for name, program in programs.items():
@@ -152,7 +168,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--rows", nargs="+", choices=("medseg", "nnunet", "nnunet-plain"))
+    parser.add_argument("--set", action="append", metavar="A.B=C")
+    parser.add_argument("--rows", nargs="+", choices=("medseg", "medseg-set", "nnunet", "nnunet-plain"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
