@@ -49,7 +49,7 @@ def group_norm(x_BCDHW: Tensor, groups: int, weight_C: Tensor | None, bias_C: Te
     if elsewhere or torch.compiler.is_compiling():  # or exported, for a machine that is not known
         return functional.group_norm(x_BCDHW, groups, weight_C, bias_C, eps)
     if groups == x_BCDHW.shape[1]:
-        if not _has_gradient(x_BCDHW, weight_C, bias_C):
+        if x_BCDHW.dtype == torch.float32 and not _has_gradient(x_BCDHW, weight_C, bias_C):
             return _instance_norm(x_BCDHW, weight_C, bias_C, eps)
         images = [
             functional.batch_norm(x, None, None, weight_C, bias_C, True, eps=eps) for x in torch.split(x_BCDHW, 1)
@@ -62,7 +62,7 @@ def group_norm(x_BCDHW: Tensor, groups: int, weight_C: Tensor | None, bias_C: Te
 
 def _instance_norm(x_BCDHW: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float) -> Tensor:
     """Statistics of each image by parts of it, then one pass; in fp32 exact to some 1e-6, however large the image."""
-    y_BCDHW, unused = torch.empty_like(x_BCDHW), x_BCDHW.new_empty(0, dtype=torch.float32)
+    y_BCDHW, unused = torch.empty_like(x_BCDHW), x_BCDHW.new_empty(0)
     for x, y in zip(torch.split(x_BCDHW, 1), torch.split(y_BCDHW, 1), strict=True):
         mean_C, variance_C = _moments(x)
         out = (y, unused, unused.clone())

@@ -118,6 +118,18 @@ def test_without_gradients_results_are_those_of_torch_and_keep_the_layout(space:
     assert found.is_contiguous(memory_format=CHANNELS_LAST[len(space)])
 
 
+@pytest.mark.parametrize("space", [(4, 4, 4), (16, 16, 40)])
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+def test_without_gradients_bf16_loses_no_more_than_its_rounding(space: tuple[int, ...], mean: float) -> None:
+    x, weight, bias, _ = _operands((2, 8, *space), torch.bfloat16)
+    x = x + mean
+    with torch.no_grad():
+        found = group_norm(x, 8, weight, bias, 1e-5)
+        exact = functional.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-5)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize("name", ["dynunet", "unet"])
 def test_instance_norms_are_replaced_and_the_network_is_the_same_up_to_rounding(name: str) -> None:
     torch.manual_seed(0)
