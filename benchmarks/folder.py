@@ -14,7 +14,7 @@ settings that `--set` changes. PYTHON is an interpreter that has nnunetv2. With 
 a network of random weights is saved as fold 0 of its 3d_fullres configuration (weights cost no time), and
 `predict_from_files` is timed: half overlapping windows, Gaussian weights, mirrored along all axes in `nnunet`, not
 mirrored in `nnunet-plain`. It runs its network in the process itself and has `--workers` processes each to read and to
-write.
+write. What training leaves behind is there beforehand: nnU-Net's plan and folders, and medseg's database of runs.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from pathlib import Path
 
 from medseg.bundle_files import digest
 from medseg.cohort import read_cohort
-from medseg.config import dump_config, load_config
+from medseg.config import TrackingConfig, dump_config, load_config
 from medseg.files import read_json, sha256_file, write_json, write_text
+from medseg.tracking.store import open_store
 
 MEDSEG = "import sys; from medseg.cli import main; main()"
 START = """
@@ -177,6 +178,7 @@ def main() -> None:
         places = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
         environment = {**os.environ, **places, "OMP_NUM_THREADS": str(options.threads)}
         commands, found = rows(options, folder, environment), dict[str, list[tuple[float, float]]]()
+        open_store(folder / "workspace", TrackingConfig())
         for number in range(options.rounds):
             for name, command in commands.items():
                 out = folder / f"{name}-{number}"
