@@ -149,7 +149,7 @@ def load_bundle(path_or_id: str | Path, workspace: Path | None = None) -> Bundle
     folder = find_bundle(str(path_or_id), workspace or default_workspace())
     facts = read_json(folder / "bundle.json")
     verify(folder, facts)
-    config = load_config(folder / "config.yaml")
+    config = _read_config(folder / "config.yaml")
     verdict = read_verdict(folder / VERDICT) if VERDICT in facts["files"] else None
     distance = read_distance(folder / DISTANCE) if DISTANCE in facts["files"] else None
     plan, lungs = read_plan(folder / "plan.yaml"), _load_lungs(folder, facts)
@@ -187,6 +187,14 @@ def read_weights(bundle: Bundle, name: str = WEIGHTS) -> dict[str, "Tensor"]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the bundle again.") from error
     return weights
+
+
+def _read_config(path: Path) -> Config:
+    """The resolved config; a bundle older than `predict.precision` goes on predicting as it was evaluated, in fp32."""
+    config = load_config(path)
+    if "precision" in config.predict.model_fields_set:
+        return config
+    return config.model_copy(update={"predict": config.predict.model_copy(update={"precision": "fp32"})})
 
 
 def _load_lungs(folder: Path, facts: Mapping[str, Any]) -> Bundle | None:

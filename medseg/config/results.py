@@ -39,8 +39,8 @@ class PredictConfig(Strict):
     `memory_gb`: what blended logits may take, in GB (1e9 bytes), beside image, label map and the network's own need.
     `air_below`: windows with no voxel from it on are answered as if they held even air, which is quicker and may change
     labels; in HU where the plan normalises by HU (`ct`), else in standard deviations after normalisation.
-    `precision`: `bf16` has the network compute in bfloat16 (autocast), and `auto` where the hardware multiplies in it.
-    Logits are averaged and blended as fp32 in any case, and activation maps are made in fp32.
+    `precision`: `bf16` has the network compute in bfloat16 (autocast), and `auto` where it segments and the hardware
+    multiplies in it. Logits are averaged and blended as fp32 in any case, and activation maps are made in fp32.
     `min_similarity`: correlation of two examinations, once aligned, below which the earlier mask is no prior.
     """
 
@@ -49,7 +49,7 @@ class PredictConfig(Strict):
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     memory_gb: Positive = 4.0
     air_below: float | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     min_similarity: Share = 0.7
     change: ChangeConfig = ChangeConfig()
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from medseg.models.sliding import EvenWindows, averaged, cut_window
-from medseg.predict.heads import Headless, WindowLogits, ending, may_be_split
+from medseg.predict.heads import Head, Headless, WindowLogits, ending, may_be_split
 from medseg.predict.slabs import ADD_VALUES
 from medseg.predict.sweep import Sweep
 
-Watch = Callable[[Tensor, Tensor, nn.Module | None], None]
+Watch = Callable[[Tensor, Tensor, Head | None], None]
 """Takes windows_BCDHW and their logits_BKDHW, or features_BCDHW and the head that makes logits of them part by part."""
 
 
@@ -52,7 +52,7 @@ class Answers:
         self._patch_size = [axis.patch for axis in sweep.axes]
         self._kept: tuple[tuple[float, ...], Tensor] | None = None
         self._headless: Headless | None = None
-        self._head: nn.Module | None = None
+        self._head: Head | None = None
 
     def first(self, batch: Sequence[tuple[int, ...]], taken_gb: Callable[[], float]) -> list[WindowLogits]:
         """Answer the first batch, and find out what the network takes.

@@ -17,16 +17,41 @@ _ROUNDING = 1e-5  # of the largest logit; far below what could tell two classes 
 
 
 @dataclass(frozen=True)
+class Head:
+    """Makes logits of features, each voxel by itself.
+
+    Attributes:
+        conv: the network's pointwise convolution.
+        lower: the type of autocast in which the network first made logits; None without autocast.
+    """
+
+    conv: nn.Module
+    lower: torch.dtype | None = None
+
+    def __call__(self, features_BCDHW: Tensor) -> Tensor:
+        """logits_BKDHW, float32."""
+        with torch.autocast(features_BCDHW.device.type, self.lower, enabled=self.lower is not None):
+            logits: Tensor = self.conv(features_BCDHW)
+        return logits.float()
+
+    @property
+    def classes(self) -> int:
+        """How many logits a voxel has."""
+        assert isinstance(self.conv.weight, Tensor)
+        return len(self.conv.weight)
+
+
+@dataclass(frozen=True)
 class WindowLogits:
     """Logits of a window or a part of it; with a head they exist only while they are used.
 
     Attributes:
         values_CDHW: logits, or the features that `head` makes them from.
-        head: features_BCDHW -> logits_BKDHW, each voxel by itself; None for logits.
+        head: None for logits.
     """
 
     values_CDHW: Tensor
-    head: nn.Module | None = None
+    head: Head | None = None
 
     def part(self, where: Sequence[slice]) -> "WindowLogits":
         """A box of it."""
@@ -34,10 +59,7 @@ class WindowLogits:
 
     def made(self) -> Tensor:
         """logits_KDHW."""
-        if self.head is None:
-            return self.values_CDHW
-        logits: Tensor = self.head(self.values_CDHW[None])[0]
-        return logits
+        return self.values_CDHW if self.head is None else self.head(self.values_CDHW[None])[0]
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Ending:
     """
 
     name: str
-    head: nn.Module
+    head: Head
     features_BCDHW: Tensor
     logits_BKDHW: Tensor
     before_gb: float
@@ -64,7 +86,7 @@ class Ending:
         step = max(values // math.prod((self.logits_BKDHW.shape[1], *self.logits_BKDHW.shape[3:])), 1)
         tolerance = _ROUNDING * float(self.logits_BKDHW.abs().max())
         return all(
-            torch.allclose(self.head(features), logits, rtol=0, atol=tolerance)
+            torch.allclose(self.head(features), logits.float(), rtol=0, atol=tolerance)
             for features, logits in zip(
                 torch.split(self.features_BCDHW, step, 2), torch.split(self.logits_BKDHW, step, 2), strict=True
             )
@@ -82,6 +104,7 @@ def ending(
         hooked: whether the head may have hooks, which it then has in vain.
     """
     calls: list[str] = []
+    lower = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     last: list[tuple[nn.Module, Tensor, float]] = []
     made: list[Ending] = []
 
@@ -90,7 +113,8 @@ def ending(
 
     def end(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls.append(names[module])
-        made[:] = [Ending(names[module], *last[0][:2], output, last[0][2])]
+        module, features, before_gb = last[0]
+        made[:] = [Ending(names[module], Head(module, lower), features, output, before_gb)]
 
     names = {module: name for name, module in net.named_modules() if is_pointwise(module, hooked=hooked)}
     handles = [module.register_forward_pre_hook(begin) for module in names]
@@ -98,7 +122,10 @@ def ending(
 
     def of(logits: Tensor) -> Ending | None:
         found = made[0] if made else None
-        return found if found is not None and found.logits_BKDHW is logits and calls.count(found.name) == 1 else None
+        if found is None or calls.count(found.name) != 1:
+            return None
+        same = found.logits_BKDHW is logits or (lower is not None and torch.equal(found.logits_BKDHW.float(), logits))
+        return found if same else None
 
     try:
         yield of
@@ -117,7 +144,7 @@ def is_pointwise(module: nn.Module, *, hooked: bool = False) -> bool:
 
 def may_be_split(net: nn.Module, *, hooked: bool = False) -> bool:
     """Whether nothing but its caller takes the network's logits: no hook, unless it may have one, and no compiler."""
-    return (hooked or not _is_watched(net)) and not hasattr(net, "_orig_mod") and not torch.is_autocast_enabled("cpu")
+    return (hooked or not _is_watched(net)) and not hasattr(net, "_orig_mod")
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from medseg.confidence import Features, agreement_bound
 from medseg.models.ensemble import Ensemble
 from medseg.models.features import even
 from medseg.models.sliding import mirrored_dims
+from medseg.predict.heads import Head
 
 _SLAB, _VALUES = 16, 4_000_000  # slices and logits at a time: with many classes those of a window are large
 
@@ -40,7 +41,7 @@ class Watcher:
         self._plain: list[list[Tensor]] = []  # labels of the window seen without a flip, by slab and member
         self._mirrored: Tensor | None = None  # (member, figure, class): of the plain pass, and shared with each other
 
-    def see(self, window_BCDHW: Tensor, logits_BKDHW: Tensor, head: nn.Module | None = None) -> None:
+    def see(self, window_BCDHW: Tensor, logits_BKDHW: Tensor, head: Head | None = None) -> None:
         """Take the logits of the next network for a window.
 
         Args:
@@ -153,9 +154,9 @@ def watched(
             handle.remove()
 
 
-def _thickness(answer_BCDHW: Tensor, head: nn.Module | None) -> int:
+def _thickness(answer_BCDHW: Tensor, head: Head | None) -> int:
     """How many slices to look at together."""
-    classes = answer_BCDHW.shape[1] if head is None else len(head.weight)  # type: ignore[arg-type]
+    classes = answer_BCDHW.shape[1] if head is None else head.classes
     return min(max(_VALUES // (classes * answer_BCDHW[:, 0, 0].numel()), 1), _SLAB)
 
 

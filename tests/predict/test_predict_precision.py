@@ -1,4 +1,4 @@
-"""In which precision a bundle predicts: fp32 unless its config says otherwise."""
+"""In which precision a bundle predicts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +10,11 @@ import yaml
 from tiny_bundle import bundle, classifier, config, plan, write_boxes
 from torch import Tensor, nn
 
-from medseg.bundle import Bundle
-from medseg.config import load_config
+from medseg.bundle import Bundle, load_bundle
+from medseg.bundle_files import digest
 from medseg.explain import explain
+from medseg.files import read_json, sha256_file, write_json
+from medseg.images import write_png
 from medseg.models import precision
 from medseg.models.sliding import averaged
 from medseg.predict import Predictor
@@ -38,7 +40,7 @@ def _types(net: nn.Module) -> set[torch.dtype]:
 def test_a_mask_is_made_in_the_precision_of_the_config(wanted: str, dtype: torch.dtype, tmp_path: Path) -> None:
     scan = write_boxes(tmp_path / "scans", 1)
     made = bundle(tmp_path / "bundle", config(predict={"mirror_axes": [0]}))
-    predictor, plain = _at(made, wanted), Predictor(made, CPU).predict_file(scan)
+    predictor, plain = _at(made, wanted), _at(made, "fp32").predict_file(scan)
     seen = _types(predictor.net)
     found = predictor.predict_file(scan)
     assert seen == {dtype}
@@ -48,16 +50,21 @@ def test_a_mask_is_made_in_the_precision_of_the_config(wanted: str, dtype: torch
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_probabilities_of_a_classifier_are_close_and_fp32(tmp_path: Path) -> None:
-    grid = plan(spatial_dims=2, patch_size=(32, 32))
-    made = bundle(tmp_path / "bundle", classifier(), grid)
-    image = torch.rand(1, 1, 32, 32)
-    with torch.inference_mode(), precision.autocast("bf16", CPU):
-        low = _at(made, "bf16").net(image)
-    with torch.inference_mode(), precision.autocast("fp32", CPU):
-        full = _at(made, "fp32").net(image)
-    assert (low.dtype, full.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(low.float(), full, rtol=0.05, atol=0.05)
+@pytest.mark.parametrize(
+    ("wanted", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_auto_leaves_probabilities_of_a_classifier_as_they_are(
+    wanted: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    made = bundle(tmp_path / "bundle", classifier(), plan(spatial_dims=2, patch_size=(32, 32)))
+    image = np.random.default_rng(0).integers(0, 255, (32, 32)).astype(np.uint8)
+    scan = write_png(tmp_path / "scan.png", image)
+    predictor = _at(made, wanted)
+    seen = _types(predictor.net)
+    found, plain = predictor.predict_file(scan), _at(made, "fp32").predict_file(scan)
+    assert seen == {dtype}
+    assert found.probs == pytest.approx(plain.probs, abs=0.02)
 
 
 def test_logits_are_averaged_in_fp32_and_maps_made_in_it() -> None:
@@ -72,13 +79,17 @@ def test_logits_are_averaged_in_fp32_and_maps_made_in_it() -> None:
     assert seen == {torch.float32}
 
 
-def test_a_config_that_says_nothing_means_fp32(tmp_path: Path) -> None:
-    """As do bundles that are older than the setting."""
-    file = bundle(tmp_path / "bundle").folder / "config.yaml"
+def test_a_bundle_that_is_older_than_the_setting_predicts_in_fp32(tmp_path: Path) -> None:
+    made = bundle(tmp_path / "bundle")
+    assert made.config.predict.precision == "auto"
+    file = made.folder / "config.yaml"
     tree = yaml.safe_load(file.read_text())
-    assert tree["predict"].pop("precision") == "fp32"
+    assert tree["predict"].pop("precision") == "auto"
     file.write_text(yaml.safe_dump(tree))
-    assert load_config(file).predict.precision == "fp32"
+    facts = read_json(made.folder / "bundle.json")
+    facts["files"]["config.yaml"] = sha256_file(file)
+    write_json(made.folder / "bundle.json", {**facts, "sha256": digest(facts)})
+    assert load_bundle(made.folder).config.predict.precision == "fp32"
 
 
 @pytest.mark.parametrize("pays", [False, True])

@@ -224,12 +224,13 @@ def test_a_sweep_that_makes_logits_in_parts_is_watched_to_the_same_figures(monke
     assert not net._forward_hooks
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_predicting_many_classes_never_holds_the_logits_of_a_window(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = {"name": "dynunet", "channels": [4, 8, 16]}
-    labels = {f"label {n}": n for n in range(1, 60)}
-    one = bundle(tmp_path / "bundle", config(labels, model=made), plan(patch_size=(16, 16, 16)))
+    settings = config({f"label {n}": n for n in range(1, 60)}, model=made, predict={"precision": precision})
+    one = bundle(tmp_path / "bundle", settings, plan(patch_size=(16, 16, 16)))
     predictor, asked = Predictor(one, torch.device("cpu")), list[Tensor | None]()
     forward = Headless.forward
     monkeypatch.setattr(Headless, "forward", lambda self, x: asked.append(forward(self, x)) or asked[-1])
