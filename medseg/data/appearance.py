@@ -28,11 +28,13 @@ _BINS = 256
 def content_box(image: NDArray[np.generic]) -> tuple[slice, slice]:
     """Rows and columns without the constant lines at the border: black padding, collimation, a white frame.
 
-    A line counts as constant when nearly all of it has the grey value of the outermost line. Of each axis at least
-    half is kept, else all of it.
+    Lines of one grey value throughout are no part of a body, however many. Of what is left, a line counts as constant
+    when nearly all of it has the grey value of the outermost line; at least half of each axis is kept, else all of it.
     """
     grey = image.astype(np.float32)
     tolerance = _SAME_GREY * float(grey.max() - grey.min())
+    box = _without_flat(grey)
+    grey, whole = grey[box], box
     box = (slice(0, grey.shape[0]), slice(0, grey.shape[1]))
     for _ in range(4):  # without padded columns a row that a marker has broken may turn out to be padding
         rows = _without_padding(grey[:, box[1]], box[0], tolerance)
@@ -40,7 +42,8 @@ def content_box(image: NDArray[np.generic]) -> tuple[slice, slice]:
         if (rows, columns) == box:
             break
         box = (rows, columns)
-    return box
+    rows, columns = (slice(a.start + b.start, a.start + b.stop) for a, b in zip(whole, box, strict=True))
+    return rows, columns
 
 
 def crop_to(volume: Volume, box: tuple[slice, ...]) -> Volume:
@@ -100,6 +103,17 @@ def equalise_locally(image: Image, tiles: int, limit: float) -> Image:
     upper = _blend(mapping[r0[:, None], c0, level], mapping[r0[:, None], c1, level], right)
     lower = _blend(mapping[r1[:, None], c0, level], mapping[r1[:, None], c1, level], right)
     return _blend(upper, lower, down[:, None]).astype(np.float32)
+
+
+def _without_flat(image: Image) -> tuple[slice, slice]:
+    """The image without the outermost rows and columns in which nothing changes; all of an image without contrast."""
+    bounds = []
+    for axis in (1, 0):
+        lively = np.flatnonzero(image.max(axis) > image.min(axis))
+        if not len(lively):
+            return slice(0, image.shape[0]), slice(0, image.shape[1])
+        bounds.append(slice(int(lively[0]), int(lively[-1]) + 1))
+    return bounds[0], bounds[1]
 
 
 def _without_padding(lines: Image, span: slice, tolerance: float) -> slice:

@@ -63,9 +63,15 @@ def test_what_is_no_padding_stays() -> None:
     scene = _scene()
     assert content_box(scene) == (slice(0, 92), slice(0, 96))
     assert content_box(np.zeros((40, 30))) == (slice(0, 40), slice(0, 30))
-    half_black = scene.copy()
-    half_black[:60] = 0
-    assert content_box(half_black)[0] == slice(0, 92), "more than half of an axis is no padding"
+    half_dark = scene.copy()
+    half_dark[:60] = np.arange(96) % 2
+    assert content_box(half_dark)[0] == slice(0, 92), "more than half of an axis is no padding"
+
+
+def test_lines_without_any_contrast_are_left_out_however_many() -> None:
+    image = np.full((112, 120), 3.0, dtype=np.float32)
+    image[80:100, 30:50] = _scene()[:20, :20]
+    assert content_box(image) == (slice(80, 100), slice(30, 50))
 
 
 def test_a_cropped_pixel_keeps_its_place() -> None:
