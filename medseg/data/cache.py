@@ -29,6 +29,7 @@ from medseg.progress import progress
 from medseg.volume import Volume, to_canonical
 
 _POINTS_PER_CLASS = 5000
+_VERSION = 2  # of what is prepared: raised where the same scan and plan give other arrays than before
 _ONE_HEADER = Lock()  # Python 3.11 fails now and then where two threads parse, and numpy parses the header as Python
 
 
@@ -71,8 +72,8 @@ def load_examples(
 ) -> list[Example]:
     """Prepare each case once into `cache` and map it.
 
-    The cache's key covers the cohort, the case, every field of the plan that changes the arrays, and what of a
-    radiograph is visible.
+    The cache's key covers the cohort, the case, every field of the plan that changes the arrays, what of a radiograph
+    is visible, and the version of the code that prepares.
 
     Args:
         multi_label: the target of a case is a set of labels, as `label_sets` writes it.
@@ -126,7 +127,7 @@ def _load(
 
 
 def _key(cohort: Cohort, name: str, plan: Plan) -> str:
-    grid = [cohort.sha256, name, [str(getattr(plan, field)) for field in IMAGE_FIELDS]]
+    grid = [_VERSION, cohort.sha256, name, [str(getattr(plan, field)) for field in IMAGE_FIELDS]]
     return hashlib.sha256(json.dumps(grid).encode()).hexdigest()[:32]
 
 
