@@ -11,6 +11,7 @@ from medseg.bundle import load_bundle
 from medseg.data.phantom import draw_radiographs, render_radiograph
 from medseg.files import UserError, read_json, read_rows, write_rows
 from medseg.images import write_png
+from medseg.plan import read_plan
 
 COUNT, SIZE = 28, 96
 SPLIT = "ingest.split={val: 0.25, test: 0.3}"
@@ -87,6 +88,14 @@ def test_lungs_are_learnt_and_what_they_leave_is_classified(scans: Path, tmp_pat
     energies = [line["figures"]["energy"] for line in (whole, convex)]
     assert 1 <= sum(energy["n"] for energy in energies) <= 8, "of 4 maps each, those that hold evidence"
     assert all(0 < energy["value"] < 1 for energy in energies if energy["n"])
+    matched = "plan.appearance={crop_padding: true, histogram: clahe, match_sharpness: true}"
+    boxed = road.load("tb_lungs_box", [SPLIT, *CLASSIFIER, matched, "lungs.model=lungs-1"])
+    planned = read_plan(road.plan(boxed, cohorts["tb_lungs_convex"], place).paths["plan"])
+    assert len(planned.appearance.detail_sd) == 5
+    box = load_bundle(road.train(boxed, cohorts["tb_lungs_convex"], place, run_id="box").paths["bundle"])
+    assert box.plan == planned, "sharpness was measured on what the lung model leaves"
+    assert road.evaluate("box", cohorts["tb_lungs_convex"], place).status == "done"
+
     page = result.paths["report"].read_text()
     for words in ("lungs, convex mask", "IoU lung", "Energy in the lungs", "Specificity"):
         assert words in page
