@@ -127,7 +127,7 @@ def score(bundle: Bundle, cohort: Cohort, option: str, seed: int) -> list[Row]:
     """The network as trained, then adapted to the other site."""
     net = load_network(bundle)
     view = view_of(bundle)
-    scorer = Scorer(net, bundle.plan, view)
+    scorer = Scorer(net, bundle.plan, view, bundle.config.predict.mirror_axes)
     rows = [_row(scorer, bundle, cohort, option, seed)]
     if batch_norms(net):
         reestimate(net, load_batches(bundle.plan, cohort, cohort.split("test"), scorer.device, view))

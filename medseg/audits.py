@@ -108,7 +108,7 @@ def _subject(bundle: Bundle, cohort: Cohort, split: str, config: AuditConfig, wo
         )
     labelled = [case for case in cohort.cases if case.target in bundle.labels]
     return Subject(
-        Scorer(load_network(bundle), bundle.plan, view_of(bundle)),
+        Scorer(load_network(bundle), bundle.plan, view_of(bundle), bundle.config.predict.mirror_axes),
         cohort,
         sample_cases([case for case in cohort.split(split) if case.target in bundle.labels], config.max_cases),
         sample_cases(labelled, config.max_cases),
@@ -155,7 +155,7 @@ def _leave_sites_out(bundle: Bundle, subject: Subject, workspace: Path) -> list[
         plain = Verdict(subject.verdict.positive, "temperature", 0.5)
         other = replace(
             subject,
-            scorer=Scorer(load_network(trained), trained.plan, view_of(trained)),
+            scorer=Scorer(load_network(trained), trained.plan, view_of(trained), trained.config.predict.mirror_axes),
             verdict=trained.verdict or plain,
             cohort=without,
         )

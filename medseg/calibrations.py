@@ -50,6 +50,7 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
             split="val",
             trained_sites=sorted({case.site for case in cohort.cases if case.split in ("train", "val")}),
             lungs=view_of(bundle),
+            mirror_axes=bundle.config.predict.mirror_axes,
         )
     except CannotCalibrate as error:
         reason = reason_of(error, cohort.folder.parent)
@@ -104,6 +105,7 @@ def run(
         trained_sites=bundle.trained_sites,
         new_site=split != "val",
         lungs=view_of(bundle),
+        mirror_axes=config.predict.mirror_axes,
     )
     folder = create_run(workspace, f"calibrate-{config.name}", None, **facts)
     with track(folder, config.tracking, tags={"medseg.step": "calibrate"}) as tracker:

@@ -34,7 +34,8 @@ class ChangeConfig(Strict):
 
 
 class PredictConfig(Strict):
-    """Inference. `overlap` of neighbouring windows; `mirror_axes`: logits are averaged over flips along them.
+    """Inference. `overlap` of neighbouring windows; `mirror_axes`: logits are averaged over flips along them
+    (0 = left-right of a volume, rows of a radiograph).
 
     `memory_gb`: what blended logits may take, in GB (1e9 bytes), beside image, label map and the network's own need.
     `air_below`: windows with no voxel from it on are answered as if they held even air, which is quicker and may change

@@ -165,6 +165,9 @@ class Config(Strict):
         _refuse("task.spatial_dims", model.dims_problem(dims))
         if plan.patch_size is not None and len(plan.patch_size) == dims == 3:
             _refuse("plan.patch_size", model.size_problem(plan.patch_size))
+        if any(axis >= dims for axis in self.predict.mirror_axes):
+            axes = f"0 to {dims - 1}"
+            raise ValueError(f"predict.mirror_axes {list(self.predict.mirror_axes)}: the axes of an image are {axes}")
         if plan.size_px is not None and dims == 2:
             _refuse("plan.size_px", model.size_problem((plan.size_px, plan.size_px)))
 

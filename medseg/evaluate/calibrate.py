@@ -62,6 +62,7 @@ def calibrate(
     trained_sites: Sequence[str] | None = None,
     new_site: bool = False,
     lungs: LungView | None = None,
+    mirror_axes: Sequence[int] = (),
 ) -> Verdict:
     """Fit the verdict of a network on labelled cases that it was not trained on.
 
@@ -71,6 +72,7 @@ def calibrate(
         new_site: the cases come from elsewhere than the training cases, so that the prevalence and with it the shift
             differ: `auto` fits slope and shift below 500 cases, and isotonic regression is refused below 100.
         lungs: what the network sees of a radiograph; by default all.
+        mirror_axes: logits are averaged over flips along them.
 
     Raises:
         CannotCalibrate: no positive class is known, too few cases, one class only, or scores against the classes.
@@ -84,7 +86,8 @@ def calibrate(
     known = [case for case in cases if case.target in labels]
     truth = np.array([case.target == positive for case in known], dtype=bool)
     check_cases(truth, config, cohort)
-    margin = margins(Scorer(net, plan, lungs).score(cohort, known, what="Calibrating"), labels[positive])
+    scorer = Scorer(net, plan, lungs, mirror_axes)
+    margin = margins(scorer.score(cohort, known, what="Calibrating"), labels[positive])
     facts: dict[str, Any] = {"cohort_sha256": cohort.sha256, "split": split, "new_site": new_site}
     facts["trained_sites"] = trained_sites
     patients = [case.patient_id for case in known]

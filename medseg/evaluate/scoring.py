@@ -13,6 +13,7 @@ from medseg.cohort import Case, Cohort
 from medseg.data.lung_view import LungView
 from medseg.data.preprocess import prepare
 from medseg.images import read_image
+from medseg.models.sliding import class_logits
 from medseg.plan import Plan
 from medseg.progress import progress
 from medseg.volume import Volume
@@ -30,10 +31,13 @@ class Scorer:
         net: x_BC[D]HW -> logits_BK, in evaluation mode on its device.
         plan: the grid and normalisation of the network.
         lungs: what the network sees of a radiograph; by default all.
+        mirror_axes: logits are averaged over flips along them.
     """
 
-    def __init__(self, net: nn.Module, plan: Plan, lungs: LungView | None = None) -> None:
-        self.net, self.plan, self.lungs = net.eval(), plan, lungs
+    def __init__(
+        self, net: nn.Module, plan: Plan, lungs: LungView | None = None, mirror_axes: Sequence[int] = ()
+    ) -> None:
+        self.net, self.plan, self.lungs, self.mirror_axes = net.eval(), plan, lungs, mirror_axes
         first = next(net.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
 
@@ -71,7 +75,7 @@ class Scorer:
     def logits(self, images: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
         """Logits (n, K) of prepared images (channel, *space) of one shape."""
         given = torch.from_numpy(np.stack(images)).to(self.device)
-        logits = self.net(given).double().cpu().numpy()
+        logits = class_logits(self.net, given, self.mirror_axes).double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise ValueError("the network's logits are not finite; its weights or the image are damaged")
         return np.asarray(logits)

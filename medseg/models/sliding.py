@@ -87,6 +87,14 @@ def averaged(nets: Sequence[nn.Module], mirror_axes: Sequence[int] = ()) -> Call
     return logits_of
 
 
+def class_logits(net: nn.Module, x_BCDHW: Tensor, mirror_axes: Sequence[int] = ()) -> Tensor:
+    """A classifier's logits_BK as float32, averaged over all combinations of flips along the axes (0 = D, or rows)."""
+    flips = mirrored_dims(mirror_axes)
+    first, *others = (net(x_BCDHW.flip(dims) if dims else x_BCDHW).float() for dims in flips)
+    logits: Tensor = sum(others, first)
+    return logits / len(flips) if others else logits
+
+
 def mirrored_dims(mirror_axes: Sequence[int]) -> list[list[int]]:
     """The dimensions of a window_BCDHW to flip, for each pass over it in order; of the first none."""
     axes = sorted(set(mirror_axes))

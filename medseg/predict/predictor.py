@@ -26,7 +26,7 @@ from medseg.models.ensemble import Ensemble
 from medseg.models.features import mean_features
 from medseg.models.layout import placed
 from medseg.models.precision import autocast
-from medseg.models.sliding import fast_batch
+from medseg.models.sliding import class_logits, fast_batch
 from medseg.predict.answers import Watch
 from medseg.predict.flags import check_distance, check_mask, check_scan, check_volumes
 from medseg.predict.jobs import read_checked
@@ -245,7 +245,7 @@ class Predictor:
         image = torch.from_numpy(prepared.image)[None].to(self.device)
         wanted = self.bundle.config.predict.precision
         with autocast("fp32" if wanted == "auto" else wanted, self.device):  # of one image it saves nothing
-            logits = self.net(image)[0].float() / self.bundle.temperature
+            logits = class_logits(self.net, image, self.bundle.config.predict.mirror_axes)[0] / self.bundle.temperature
         if not torch.isfinite(logits).all():
             raise ValueError("the network's logits are not finite; its weights or the image are damaged")
         if self.bundle.verdict is not None:

@@ -13,7 +13,7 @@ from medseg.data.cache import Example, release
 from medseg.data.preprocess import normalised_limit
 from medseg.feature_distance import CohortDistance, fit_distance
 from medseg.models.features import mean_features
-from medseg.models.sliding import averaged, cut_window, even_windows, fast_batch, window_starts
+from medseg.models.sliding import averaged, class_logits, cut_window, even_windows, fast_batch, window_starts
 from medseg.plan import Plan
 from medseg.progress import tracked
 
@@ -56,7 +56,7 @@ def _case_features(
     classifies = example.label is None
     with mean_features(net, classifies=classifies) as (features,):
         if classifies:
-            net(image[None].to(device))
+            class_logits(net, image[None].to(device), config.mirror_axes)
             return features.mean()
         predict = averaged([net], config.mirror_axes)
         starts = [window_starts(n, p, config.overlap) for n, p in zip(image.shape[1:], plan.patch_size, strict=True)]
