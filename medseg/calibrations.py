@@ -11,8 +11,8 @@ from medseg.bundle import Bundle, load_bundle
 from medseg.bundle_writing import check_target, with_verdict
 from medseg.cohort import Case, Cohort, read_cohort
 from medseg.config import Config, apply_override, validate_config
-from medseg.evaluate.calibrate import CannotCalibrate, calibrate
-from medseg.evaluate.outcomes import reason_of
+from medseg.evaluate.calibrate import CannotCalibrate, calibrate, calibrate_out_of_fold
+from medseg.evaluate.outcomes import Outcome, reason_of
 from medseg.files import UserError
 from medseg.predict import load_network, view_of
 from medseg.result import Result
@@ -53,14 +53,31 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
             mirror_axes=bundle.config.predict.mirror_axes,
         )
     except CannotCalibrate as error:
-        reason = reason_of(error, cohort.folder.parent)
-        print(f"Note: the bundle carries no verdict: {reason}", file=sys.stderr)
-        tracker.set_tag("medseg.no_verdict", reason)
+        _without(reason_of(error, cohort.folder.parent), tracker)
         return {}
     with_verdict(bundle, bundle_dir, verdict)
     figures = _figures(verdict)
     tracker.log_metrics({f"verdict_{name}": value for name, value in figures.items()})
     return {f"val_{name}" if name != "threshold" else name: value for name, value in figures.items()}
+
+
+def out_of_fold_verdict(
+    outcomes: Sequence[Outcome], config: Config, cohort_sha256: str, tracker: Tracker
+) -> Verdict | None:
+    """The verdict of joined folds; None for other tasks, and where the cases allow none, which is said as above."""
+    task = config.task
+    if task.kind != "classification" or task.multi_label:
+        return None
+    try:
+        return calibrate_out_of_fold(outcomes, task.labels, config.verdict, cohort_sha256=cohort_sha256)
+    except CannotCalibrate as error:
+        _without(str(error), tracker)
+        return None
+
+
+def _without(reason: str, tracker: Tracker) -> None:
+    print(f"Note: the bundle carries no verdict: {reason}", file=sys.stderr)
+    tracker.set_tag("medseg.no_verdict", reason)
 
 
 def run(

@@ -13,6 +13,7 @@ from typing import Any
 
 from medseg.bundle import Bundle, load_bundle, read_weights
 from medseg.bundle_writing import check_target, copy_bundle, save_bundle
+from medseg.calibrations import out_of_fold_verdict
 from medseg.cohort import Cohort, read_cohort
 from medseg.config import Config, dump_config
 from medseg.evaluate import cross_validation, earned, trust
@@ -132,6 +133,8 @@ def join(
         bundles = [bundle for fold in folds for bundle in fold.bundles]
         evidence, tables = collect_evidence(folds)
         figures = _headline(evidence, folds)
+        outcomes = [outcome for fold in folds for outcome in fold.outcomes]
+        verdict = out_of_fold_verdict(outcomes, config, cohort_sha256, tracker)
         bundle_dir = save_bundle(
             folder.path / "bundle",
             state_dict=[read_weights(bundle) for bundle in bundles],
@@ -144,6 +147,7 @@ def join(
             members=[_member(bundle) for bundle in bundles],
             evidence=evidence,
             attached=tables,
+            verdict=verdict,
             lungs=first.lungs,
             distance=join_distances([bundle.distance for bundle in bundles]),
         )

@@ -291,6 +291,10 @@ def test_only_folds_of_one_cross_validation_are_joined(
     assert alone.figures["missing_folds"] == [0]
 
 
+def _out_of_fold(run: Path) -> list[Path]:
+    return sorted((run / "evaluation" / "val" / "predictions").glob("*/result.json"))
+
+
 @pytest.mark.slow
 def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     cohort = radiograph_cohort(tmp_path / "cohort")
@@ -302,7 +306,17 @@ def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     assert load_bundle(runs[0], tmp_path / "ws").verdict is None, "it is measured on the cases that would choose it"
     result = folds.join(runs, tmp_path / "ws")
     bundle = load_bundle(result.run_id, tmp_path / "ws")
-    assert bundle.facts["calibration"] is None
+    assert bundle.verdict is not None, "each case was seen by a network that had not learnt it"
+    assert bundle.facts["calibration"] == {"method": "temperature", "id": bundle.verdict.id}
+    said = [read_json(path) for run in runs for path in _out_of_fold(find_run(tmp_path / "ws", run).path)]
+    assert bundle.verdict.fitted["n"] == len(said) == sum(case.split != "test" for case in cohort.cases)
+    truth = {case.case_id: case.target == "tb" for case in cohort.cases}
+    margin = np.array([np.log(one["probs"]["tb"] / one["probs"]["normal"]) for one in said])
+    sick = np.array([truth[one["case_id"]] for one in said])
+    referred = bundle.verdict.probability(margin) >= bundle.verdict.threshold
+    assert bundle.verdict.point["sensitivity"]["value"] == pytest.approx(referred[sick].mean())
+    assert bundle.verdict.point["specificity"]["value"] == pytest.approx((~referred[~sick]).mean())
+    assert referred[sick].mean() >= 0.9
     for model in (runs[0], result.run_id):
         with pytest.raises(UserError, match="were trained on its val split"):
             calibrations.run(model, cohort.folder, tmp_path / "ws")
@@ -314,9 +328,10 @@ def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     picture = cohort.image_paths(cohort.split("test")[0])[0]
     probs = bundle.predict(picture).probs
     assert sum(probs.values()) == pytest.approx(1, abs=1e-6)
+    verdict = bundle.verdict
     logits = [load_bundle(run, tmp_path / "ws").predict(picture).probs for run in runs]
     mean = np.mean([np.log(found["tb"] / found["normal"]) for found in logits])
-    assert np.log(probs["tb"] / probs["normal"]) == pytest.approx(mean, abs=1e-4)
+    assert probs["tb"] == pytest.approx(float(verdict.probability([mean])[0]), abs=1e-5)
 
 
 def test_an_ensemble_of_one_changes_nothing() -> None:

@@ -22,6 +22,7 @@ from medseg.evaluate.calibration import (
     reliability,
     yield_at,
 )
+from medseg.evaluate.outcomes import Outcome
 from medseg.evaluate.scoring import Scorer
 from medseg.evaluate.subgroups import auc, read_groups, tabulate
 from medseg.files import UserError
@@ -85,7 +86,7 @@ def calibrate(
         )
     known = [case for case in cases if case.target in labels]
     truth = np.array([case.target == positive for case in known], dtype=bool)
-    check_cases(truth, config, cohort)
+    check_cases(truth, config, cohort.folder)
     scorer = Scorer(net, plan, lungs, mirror_axes)
     margin = margins(scorer.score(cohort, known, what="Calibrating"), labels[positive])
     facts: dict[str, Any] = {"cohort_sha256": cohort.sha256, "split": split, "new_site": new_site}
@@ -95,12 +96,50 @@ def calibrate(
     return fit(margin, truth, patients, positive, method, config, groups=read_groups(cohort, known), facts=facts)
 
 
-def check_cases(truth: NDArray[np.bool_], config: VerdictConfig, cohort: Cohort) -> None:
+def calibrate_out_of_fold(
+    outcomes: Sequence[Outcome], labels: Mapping[str, int], config: VerdictConfig, *, cohort_sha256: str
+) -> Verdict:
+    """Fit the verdict of joined folds on what single networks say of cases that they have not seen.
+
+    The joined networks err less than each of them, so that sensitivity and specificity are rather too low than too
+    high. Their margins spread less, too: a mapping with one parameter is taken where none is named.
+
+    Args:
+        outcomes: with probabilities that are the softmax of logits.
+
+    Raises:
+        CannotCalibrate: no positive class is known, too few cases, one class only, or scores against the classes.
+    """
+    positive = positive_class(config, labels)
+    if positive is None:
+        raise CannotCalibrate(
+            f"verdict.positive is not set and there are {len(labels)} classes; name the class to refer."
+        )
+    known = [outcome for outcome in outcomes if outcome.measured and outcome.target in labels]
+    truth = np.array([outcome.target == positive for outcome in known], dtype=bool)
+    check_cases(truth, config, "the cross-validation")
+    smallest = np.finfo(np.float64).tiny
+    logs = [[np.log(max(outcome.probs[name], smallest)) for name in labels] for outcome in known]
+    sites = [outcome.case.site for outcome in known]
+    facts = {"cohort_sha256": cohort_sha256, "split": "train and val, out of fold", "new_site": False}
+    return fit(
+        margins(logs, list(labels).index(positive)),
+        truth,
+        [outcome.case.patient_id for outcome in known],
+        positive,
+        "temperature" if config.method == "auto" else config.method,
+        config,
+        groups={"site": sites} if len(set(sites)) > 1 else {},
+        facts={**facts, "trained_sites": sorted(set(sites))},
+    )
+
+
+def check_cases(truth: NDArray[np.bool_], config: VerdictConfig, where: object) -> None:
     """Enough labelled cases, and enough of each class. Raises CannotCalibrate saying what is missing."""
     ones, zeros = int(truth.sum()), int((~truth).sum())
     if len(truth) < config.min_cases or min(ones, zeros) < config.min_per_class:
         raise CannotCalibrate(
-            f"{cohort.folder} has {ones} positive and {zeros} negative labelled cases; label more: a calibration needs "
+            f"{where} has {ones} positive and {zeros} negative labelled cases; label more: a calibration needs "
             f"{config.min_cases} (verdict.min_cases), {config.min_per_class} of each (verdict.min_per_class)."
         )
 
