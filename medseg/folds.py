@@ -234,12 +234,25 @@ def _check_together(folds: Sequence[Fold]) -> None:
         other, run = fold.bundles[0], fold.runs[0].id
         if other.facts["cohort_sha256"] != first.facts["cohort_sha256"]:
             raise UserError(f"run {run!r} was trained on another cohort than {named}; join folds of one cohort.")
-        if _common(other.config) != _common(first.config):
-            raise UserError(f"the config of run {run!r} differs from that of {named} in more than train.fold and seed.")
+        if field := _first_difference(_common(other.config), _common(first.config)):
+            raise UserError(
+                f"the config of run {run!r} differs from that of {named} in more than train.fold and seed: in {field}."
+            )
         if (other.plan.patch_size, *_grid(other)) != (first.plan.patch_size, *_grid(first)):
             raise UserError(f"the plan of run {run!r} differs from that of {named}; train it again with one plan.")
         if other.facts.get("lungs") != first.facts.get("lungs"):
             raise UserError(f"the lung model of run {run!r} differs from that of {named}; train both with one.")
+
+
+def _first_difference(one: Any, other: Any) -> str:
+    """The dotted name of the first field in which two trees differ; empty where they are equal."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)) or one.keys() != other.keys():
+        return ""
+    field = next((name for name in one if one[name] != other[name]), None)
+    if field is None:
+        return ""
+    below = _first_difference(one[field], other[field])
+    return f"{field}.{below}" if below else str(field)
 
 
 def _common(config: Config) -> Mapping[str, Any]:

@@ -285,7 +285,7 @@ def test_only_folds_of_one_cross_validation_are_joined(
         folds.join([result.run_id, runs[0]], workspace)
     other = tiny_config(*SETS, "train.fold=0", "train.epochs=1", "train.weight_decay=0.1")
     stranger = road.train(other, cohort_dir, workspace).run_id
-    with pytest.raises(UserError, match=r"differs from that of .* in more than train\.fold and seed"):
+    with pytest.raises(UserError, match=r"differs from that of .* in more than train\.fold and seed: in train\.epochs"):
         folds.join([stranger, runs[0]], workspace)
     alone = folds.join([runs[0]], workspace)
     assert alone.figures["missing_folds"] == [0]
