@@ -18,8 +18,12 @@ CPU = torch.device("cpu")
 
 
 def _trained(folder: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The averaged weights after two steps, and the losses of both."""
-    config = tiny_config("train.epochs=2", "train.steps_per_epoch=1", "train.precision=fp32", *overrides)
+    """The averaged weights after two steps, and the losses of both.
+
+    By SGD: AdamW moves a weight whose gradient is 0 but for rounding as far as any other.
+    """
+    steps = ("train.epochs=2", "train.steps_per_epoch=1", "train.optimizer=sgd", "train.learning_rate=0.01")
+    config = tiny_config(*steps, "train.precision=fp32", *overrides)
     cohort = segmentation_cohort(folder / "cohort")
     plan = make_plan(config, cohort)
     examples = load_examples(cohort, cohort.split("train"), plan, folder / "cache")
@@ -45,7 +49,7 @@ def test_a_compiled_training_is_the_same_training(tmp_path: Path) -> None:
     assert compiled_losses == pytest.approx(losses, rel=1e-3)
     assert plain.keys() == compiled.keys()
     for name, value in plain.items():
-        torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=1e-4)
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
