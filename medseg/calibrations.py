@@ -53,7 +53,7 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
             mirror_axes=bundle.config.predict.mirror_axes,
         )
     except CannotCalibrate as error:
-        _without(reason_of(error, cohort.folder.parent), tracker)
+        _note_no_verdict(reason_of(error, cohort.folder.parent), tracker)
         return {}
     with_verdict(bundle, bundle_dir, verdict)
     figures = _figures(verdict)
@@ -64,18 +64,18 @@ def add_verdict(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str,
 def out_of_fold_verdict(
     outcomes: Sequence[Outcome], config: Config, cohort_sha256: str, tracker: Tracker
 ) -> Verdict | None:
-    """The verdict of joined folds; None for other tasks, and where the cases allow none, which is said as above."""
+    """The verdict of joined folds; None for other tasks, and where the cases allow none, which is noted."""
     task = config.task
     if task.kind != "classification" or task.multi_label:
         return None
     try:
         return calibrate_out_of_fold(outcomes, task.labels, config.verdict, cohort_sha256=cohort_sha256)
     except CannotCalibrate as error:
-        _without(str(error), tracker)
+        _note_no_verdict(str(error), tracker)
         return None
 
 
-def _without(reason: str, tracker: Tracker) -> None:
+def _note_no_verdict(reason: str, tracker: Tracker) -> None:
     print(f"Note: the bundle carries no verdict: {reason}", file=sys.stderr)
     tracker.set_tag("medseg.no_verdict", reason)
 

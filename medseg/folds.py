@@ -35,11 +35,9 @@ EVALUATED = Path("evaluation") / "val"
 
 @dataclass(frozen=True)
 class Fold:
-    """One finished fold: its number, its runs and their bundles (one for each seed), and what became of each of its
-    cases."""
+    """One finished fold: its number, its bundles (one for each seed), and what became of each of its cases."""
 
     number: int
-    runs: tuple[RunFolder, ...]
     bundles: tuple[Bundle, ...]
     outcomes: tuple[Outcome, ...]
 
@@ -186,7 +184,7 @@ def _read_fold(model: str, workspace: Path) -> Fold:
     run = find_run(workspace, bundle.run_id)
     if not is_measured(workspace, run.id):
         raise UserError(f"{run.path / EVALUATED} holds no figures; finish the fold with `--resume {run.id}`.")
-    return Fold(number, (run,), (bundle,), tuple(read_outcomes(run.path / EVALUATED)))
+    return Fold(number, (bundle,), tuple(read_outcomes(run.path / EVALUATED)))
 
 
 def _cohort_of(fold: Fold, folder: Path | None) -> Cohort:
@@ -220,8 +218,7 @@ def _pooled(group: Sequence[Fold], cohort: Cohort, folder: RunFolder) -> Fold:
         lungs=first.lungs,
     )
     _measure(load_bundle(made), as_trained(first.config, cohort), place / EVALUATED, folder.workspace)
-    runs = tuple(fold.runs[0] for fold in group)
-    return Fold(group[0].number, runs, tuple(bundles), tuple(read_outcomes(place / EVALUATED)))
+    return Fold(group[0].number, tuple(bundles), tuple(read_outcomes(place / EVALUATED)))
 
 
 def _check_together(folds: Sequence[Fold]) -> None:
@@ -229,9 +226,10 @@ def _check_together(folds: Sequence[Fold]) -> None:
     if twice := [known for known in set(seeds) if seeds.count(known) > 1]:
         number, seed = twice[0]
         raise UserError(f"fold {number} is named twice with the seed {seed}; give one run for each fold and seed.")
-    first, named = folds[0].bundles[0], repr(folds[0].runs[0].id)
-    for fold in folds[1:]:
-        other, run = fold.bundles[0], fold.runs[0].id
+    first, *others = [fold.bundles[0] for fold in folds]
+    named = repr(first.run_id)
+    for other in others:
+        run = other.run_id
         if other.facts["cohort_sha256"] != first.facts["cohort_sha256"]:
             raise UserError(f"run {run!r} was trained on another cohort than {named}; join folds of one cohort.")
         if field := _first_difference(_common(other.config), _common(first.config)):

@@ -117,7 +117,8 @@ class HeadMean(nn.Module):
     ) -> Tensor:
         """Scalar loss; a mapping goes from level to logits of the target's size, which count alike."""
         if isinstance(logits, Tensor):
-            return self.loss(logits, target, annotated_BK)  # type: ignore[no-any-return]
+            alone: Tensor = self.loss(logits, target, annotated_BK)
+            return alone
         heads = logits if isinstance(logits, Heads) else Heads(tuple(logits.values()), (1.0,) * len(logits))
         losses = [w * self.loss(head, target, annotated_BK) for head, w in zip(*heads, strict=True)]
         return torch.stack(losses).sum() / sum(heads.weights)

@@ -51,6 +51,15 @@ def positive_class(config: VerdictConfig, labels: Mapping[str, int]) -> str | No
     return next(name for name, value in labels.items() if value == 1)
 
 
+def _class_to_refer(config: VerdictConfig, labels: Mapping[str, int]) -> str:
+    positive = positive_class(config, labels)
+    if positive is None:
+        raise CannotCalibrate(
+            f"verdict.positive is not set and there are {len(labels)} classes; name the class to refer."
+        )
+    return positive
+
+
 def calibrate(
     net: nn.Module,
     plan: Plan,
@@ -79,11 +88,7 @@ def calibrate(
         CannotCalibrate: no positive class is known, too few cases, one class only, or scores against the classes.
         UserError: an image is missing or damaged.
     """
-    positive = positive_class(config, labels)
-    if positive is None:
-        raise CannotCalibrate(
-            f"verdict.positive is not set and there are {len(labels)} classes; name the class to refer."
-        )
+    positive = _class_to_refer(config, labels)
     known = [case for case in cases if case.target in labels]
     truth = np.array([case.target == positive for case in known], dtype=bool)
     check_cases(truth, config, cohort.folder)
@@ -110,11 +115,7 @@ def calibrate_out_of_fold(
     Raises:
         CannotCalibrate: no positive class is known, too few cases, one class only, or scores against the classes.
     """
-    positive = positive_class(config, labels)
-    if positive is None:
-        raise CannotCalibrate(
-            f"verdict.positive is not set and there are {len(labels)} classes; name the class to refer."
-        )
+    positive = _class_to_refer(config, labels)
     known = [outcome for outcome in outcomes if outcome.measured and outcome.target in labels]
     truth = np.array([outcome.target == positive for outcome in known], dtype=bool)
     check_cases(truth, config, "the cross-validation")

@@ -1,6 +1,7 @@
 """A classifier that is asked about the image and its mirror image."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ def test_prediction_and_scoring_ask_alike_and_left_and_right_do_not_matter(tmp_p
     plan = make_plan(config, cohort)
     torch.manual_seed(0)
     net = build_from_config(config.model, spatial_dims=2, in_channels=1, out_channels=2).eval()
-    about = {"config": config, "plan": plan, "run_id": "r", "cohort_sha256": "c" * 64, "metrics": {}}
-    bundle = load_bundle(save_bundle(tmp_path / "bundle", state_dict=net.state_dict(), **about))  # type: ignore[arg-type]
+    about: dict[str, Any] = {"config": config, "plan": plan, "run_id": "r", "cohort_sha256": "c" * 64, "metrics": {}}
+    bundle = load_bundle(save_bundle(tmp_path / "bundle", state_dict=net.state_dict(), **about))
     predictor, case = Predictor(bundle), cohort.cases[0]
     path, mirrored = cohort.image_paths(case)[0], tmp_path / "mirrored.png"
     write_png(mirrored, read_image(path).array[:, ::-1].astype(np.uint16))
