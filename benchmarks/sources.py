@@ -1,8 +1,9 @@
 """What training does about the source of radiographs: trained at one site, tested at another, one option at a time.
 
-    python -m benchmarks.sources CONFIG --cohort DIR --train SITE --test SITE [--options …] [--seeds 3] [--set A.B=C]
+    python -m benchmarks.sources CONFIG --cohort DIR --train SITE --test SITE [--options …] [--option NAME A.B=C …]
+        [--seeds 3] [--set A.B=C]
 
-Each option is a few overrides of CONFIG, trained once per seed as a run under --work (a run that is there already is
+Each option is a few overrides of CONFIG (a name of the table, or one's own by `--option`), trained once per seed as a run under --work (a run that is there already is
 not made again, and one that was stopped goes on). Every network is scored twice at the other site: as trained, and
 adapted as `medseg models adapt` does to all images of that site, without labels. Specificity is at the highest
 threshold that finds 90 % of the positive cases of that site; intervals are from a bootstrap over patients. Home is a
@@ -79,17 +80,19 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", required=True, metavar="SITE")
     parser.add_argument("--test", required=True, metavar="SITE")
     parser.add_argument("--options", nargs="+", default=["plain"], choices=list(OPTIONS))
+    parser.add_argument("--option", dest="own", nargs="+", action="append", default=[], metavar=("NAME", "A.B=C"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--work", type=Path, default=Path("workspace"))
     args = parser.parse_args()
+    options = {name: OPTIONS[name] for name in args.options} | {name: tuple(sets) for name, *sets in args.own}
     cohort = elsewhere(read_cohort(args.cohort), args.train, args.test)
     print("| option | seed | AUC at home | AUC elsewhere (95 %) | specificity at 90 % sensitivity (95 %) |")
     print("|---|---|---|---|---|", flush=True)
     rows: list[Row] = []
     for seed in range(args.seeds):
-        for option in args.options:
-            config = load_config(args.config, [*args.sets, *OPTIONS[option], f"seed={seed}"])
+        for option, sets in options.items():
+            config = load_config(args.config, [*args.sets, *sets, f"seed={seed}"])
             for row in score(trained(config, cohort, option, args.work), cohort, option, seed):
                 rows.append(row)
                 print(f"| {row.option} | {seed} | {row.home:.3f} | {_shown(row.auc)} | {_shown(row.specificity)} |",
