@@ -3,11 +3,11 @@
     python -m benchmarks.sources CONFIG --cohort DIR --train SITE --test SITE [--options …] [--option NAME A.B=C …]
         [--seeds 3] [--set A.B=C]
 
-Each option is a few overrides of CONFIG (a name of the table, or one's own by `--option`), trained once per seed as a run under --work (a run that is there already is
-not made again, and one that was stopped goes on). Every network is scored twice at the other site: as trained, and
-adapted as `medseg models adapt` does to all images of that site, without labels. Specificity is at the highest
-threshold that finds 90 % of the positive cases of that site; intervals are from a bootstrap over patients. Home is a
-quarter of the training site's cases, on which no choice was made.
+Each option is a few overrides of CONFIG (a name of the table, or one's own by `--option`), trained once per seed as a
+run under --work (a run that is there already is not made again, and one that was stopped goes on). Every network is
+scored twice at the other site: as trained, and adapted as `medseg models adapt` does to all images of that site,
+without labels. Specificity is at the highest threshold that finds 90 % of the positive cases of that site; intervals
+are from a bootstrap over patients. Home is a quarter of the training site's cases, on which no choice was made.
 """
 
 import argparse

@@ -383,7 +383,7 @@ def parts(folder: Path) -> list[Path]:
 def test_ingest_on_a_full_disk_goes_on_after_space_is_freed(
     medseg: Medseg, made: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(case_maker, "_WORKERS", 1)  # several cases at once may all be half written when the disk is full
+    monkeypatch.setattr(case_maker, "_WORKERS", 1)  # several at once may all be half written
     disk.mount("size=72k")
     words = ("ingest", made / "raw", "--cohort", disk.path / "cohort", *INGEST)
     code, said = medseg(*words)
