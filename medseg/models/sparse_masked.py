@@ -3,7 +3,9 @@
 SparK (Tian et al. 2023, arXiv:2301.03580), written from the paper. Square patches of the image are hidden. The encoder
 sees the others only: after every convolution and pooling the hidden positions are 0 again, and batch norm counts
 visible positions alone, which is what sparse convolutions would do. Its features at several resolutions, with a learnt
-token at the hidden positions, go through a light decoder, whose error counts in hidden patches.
+token at the hidden positions, go through a light decoder, whose error counts in hidden patches. Other than the paper's,
+the decoder ends at the finest of those resolutions, where each position gives all its pixels: maps of the full size
+would cost more than the encoder.
 
 Shape legend: B batch, C channels, H W rows and columns, h w rows and columns of the patches.
 """
@@ -51,14 +53,15 @@ class SparseMaskedModel(nn.Module):
             )
         self.grid, self.patch = tuple(maps[0].shape[2:]), size[0] // sides[0]
         channels = [map_BCHW.shape[1] for map_BCHW in maps]
-        widths = [max(_LEAST_WIDTH, width // 2**step) for step in range(self.patch.bit_length())]
+        widths = [max(_LEAST_WIDTH, width // 2**step) for step in range(len(maps))]
         self.tokens = nn.ParameterList([nn.Parameter(0.02 * torch.randn(1, n, 1, 1)) for n in channels])
         self.norms = nn.ModuleList([nn.BatchNorm2d(n) for n in channels])
         self.skips = nn.ModuleList(
             [nn.Conv2d(n, widths[step], 3 if step else 1, padding=1 if step else 0) for step, n in enumerate(channels)]
         )
         self.ups = nn.ModuleList([_Up(a, b) for a, b in pairwise(widths)])
-        self.out = nn.Conv2d(widths[-1], in_channels, 1)
+        self.out = nn.Conv2d(widths[-1], in_channels * (size[0] // sides[-1]) ** 2, 1)
+        self.shuffle = nn.PixelShuffle(size[0] // sides[-1])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Loss (B,): mean squared error over the hidden patches, each brought to mean 0 and deviation 1."""
@@ -81,14 +84,13 @@ class SparseMaskedModel(nn.Module):
         """The whole image (B, C, H, W) as the decoder sees it, from the visible patches."""
         x = x_BCHW * _at(visible_B1hw, x_BCHW)
         maps = _maps(self.net, x, visible_B1hw)
-        decoded = torch.zeros((), device=x.device)
-        for step, up in enumerate(self.ups):
-            if step < len(maps):
-                seen = _at(visible_B1hw, maps[step])
-                normed = _visible_norm(self.norms[step], maps[step], seen, self.training)  # type: ignore[arg-type]
-                decoded = decoded + self.skips[step](torch.where(seen > 0, normed, self.tokens[step].to(normed.dtype)))
-            decoded = up(decoded)
-        pred: Tensor = self.out(decoded)
+        decoded: Tensor | None = None
+        for step, map_BCHW in enumerate(maps):
+            seen = _at(visible_B1hw, map_BCHW)
+            normed = _visible_norm(self.norms[step], map_BCHW, seen, self.training)  # type: ignore[arg-type]
+            skipped = self.skips[step](torch.where(seen > 0, normed, self.tokens[step].to(normed.dtype)))
+            decoded = skipped if decoded is None else self.ups[step - 1](decoded) + skipped
+        pred: Tensor = self.shuffle(self.out(decoded))
         return pred
 
 
@@ -164,8 +166,8 @@ def _visible_norm(norm: nn.BatchNorm2d, x_BCHW: Tensor, seen_B1HW: Tensor, train
 def _at(visible_B1hw: Tensor, map_BCHW: Tensor) -> Tensor:
     """The mask at the resolution of a map; where the map is coarser than the mask, what any of its patches says."""
     if map_BCHW.shape[2] < visible_B1hw.shape[2]:
-        return functional.adaptive_max_pool2d(visible_B1hw, map_BCHW.shape[2:])
-    return functional.interpolate(visible_B1hw, map_BCHW.shape[2:], mode="nearest")
+        return functional.adaptive_max_pool2d(visible_B1hw, map_BCHW.shape[2:]).to(map_BCHW.dtype)
+    return functional.interpolate(visible_B1hw, map_BCHW.shape[2:], mode="nearest").to(map_BCHW.dtype)
 
 
 def _patches(image_BCHW: Tensor, side: int) -> Tensor:
