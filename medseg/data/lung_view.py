@@ -85,9 +85,18 @@ class LungView:
         mask = np.asarray(found).astype(np.bool_)
         return LungFields(lung_fields(mask), tuple(check(mask, self.config)))
 
-    def show(self, channels: Sequence[Volume], kept: Path | None = None) -> tuple[Volume, ...]:
-        """The channels of a radiograph as the network is to see them. Raises Refused as `visible` does."""
-        return visible(channels, self.find(channels[0], kept), self.config) if self.masks else tuple(channels)
+    def show(
+        self, channels: Sequence[Volume], kept: Path | None = None, *, like: Volume | None = None
+    ) -> tuple[Volume, ...]:
+        """The channels of a radiograph as the network is to see them.
+
+        Args:
+            like: the radiograph whose lung fields count, where `channels` are a changed copy of it.
+
+        Raises:
+            Refused: as `visible` does.
+        """
+        return visible(channels, self.find(like or channels[0], kept), self.config) if self.masks else tuple(channels)
 
 
 def visible(channels: Sequence[Volume], fields: LungFields | None, config: LungsConfig) -> tuple[Volume, ...]:

@@ -42,12 +42,19 @@ class Scorer:
         self.device = first.device if first is not None else torch.device("cpu")
 
     def score(
-        self, cohort: Cohort, cases: Sequence[Case], change: Change | None = None, *, what: str = "Scoring"
+        self,
+        cohort: Cohort,
+        cases: Sequence[Case],
+        change: Change | None = None,
+        *,
+        lungs_before: bool = False,
+        what: str = "Scoring",
     ) -> NDArray[np.float64]:
         """Logits (n, K) of the cases.
 
         Args:
-            change: applied to every channel before anything else; lung fields are those of the changed image.
+            change: applied to every channel before anything else.
+            lungs_before: the lung fields are those of the image before the change, not after it.
             what: named by the progress bar.
 
         Raises:
@@ -58,10 +65,11 @@ class Scorer:
         def ready(item: tuple[int, Case]) -> NDArray[np.float32]:
             number, case = item
             channels: Sequence[Volume] = [read_image(path) for path in cohort.image_paths(case)]
+            like = channels[0] if lungs_before else None
             if change is not None:
                 channels = [change(number, channel) for channel in channels]
             if self.lungs is not None:
-                channels = self.lungs.show(channels, cohort.label_path(case))
+                channels = self.lungs.show(channels, cohort.label_path(case), like=like)
             return prepare(channels, self.plan).image
 
         found: list[NDArray[np.float64]] = []

@@ -10,7 +10,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from medseg.cohort import Case, Cohort, write_cohort
-from medseg.config import AuditConfig
+from medseg.config import AuditConfig, LungsConfig
+from medseg.data.lung_view import LungView
 from medseg.data.phantom import draw_radiograph_parameters, render_radiograph
 from medseg.evaluate.audit import borders, cohort_items, model_items, step
 from medseg.evaluate.audit.item import judge, worst
@@ -139,6 +140,26 @@ def test_a_reader_of_the_lungs_on_a_clean_cohort_passes(clean: Cohort) -> None:
     groups = model_items.check_subgroups(subject)
     assert groups.status in ("pass", "not assessable")
     assert [row["group"] for row in groups.details] == ["site a", "site b"]
+
+
+def test_masks_are_hidden_from_the_network_and_not_from_the_lung_model_before_it(clean: Cohort) -> None:
+    asked: list[bool] = []
+
+    def segment(image: Volume) -> np.ndarray:
+        asked.append(any(np.array_equal(image.array, whole) for whole in images))
+        return np.ones(image.array.shape, np.uint8)
+
+    images = [read_image(clean.image_paths(case)[0]).array for case in clean.cases]
+    subject = _subject(clean, LungReader())
+    view = LungView(LungsConfig(mask="box"), segment=segment)
+    scorer = Scorer(subject.scorer.net, subject.scorer.plan, view)
+    subject = replace(subject, scorer=scorer)
+    model_items.check_masks(subject)
+    assert len(asked) == 4 * COUNT
+    assert all(asked)
+    asked.clear()
+    model_items.check_borders(subject)
+    assert not all(asked)
 
 
 def test_without_masks_the_items_that_need_them_are_not_assessable(clean: Cohort) -> None:

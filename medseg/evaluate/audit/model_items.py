@@ -82,7 +82,8 @@ def check_blacked_out(subject: Subject) -> Item:
     truth = subject.truth_of(usable)
     if not 0 < truth.sum() < len(truth):
         return missing("lungs_blacked_out", config.max_blacked_out, "below", _NO_LUNGS, unit=unit)
-    after = subject.score(usable, _cut(subject, usable, masks.outside_only, "hull"), "Lungs blacked out")
+    cut = _cut(subject, usable, masks.outside_only, "hull")
+    after = subject.score(usable, cut, "Lungs blacked out", lungs_before=True)
     patients = [case.patient_id for case in usable]
     model = _either_way(auc(after, truth, patients, seed=SEED))
     sample, _ = subject.with_lungs(subject.sample)
@@ -109,7 +110,8 @@ def check_masks(subject: Subject) -> Item:
         return missing("masks", config.max_masked_loss, "below", _NO_LUNGS, unit=unit)
     scores = {"whole": subject.score(usable, None, "Whole images")}
     for name, kind in (("tight", "lungs"), ("dilated", "dilated"), ("convex", "hull")):
-        scores[name] = subject.score(usable, _cut(subject, usable, masks.inside_only, kind), f"Masks: {name}")
+        cut = _cut(subject, usable, masks.inside_only, kind)  # the network is asked, not the lung model before it
+        scores[name] = subject.score(usable, cut, f"Masks: {name}", lungs_before=True)
     rows: list[Mapping[str, Any]] = []
     for name, probs in scores.items():
         area = auc(probs, truth, patients, seed=SEED)

@@ -68,9 +68,12 @@ class Subject:
         """Whether each of some cases is of the positive class."""
         return np.array([case.target == self.verdict.positive for case in cases], dtype=bool)
 
-    def score(self, cases: Sequence[Case], change: Change | None, what: str) -> Array:
-        """Calibrated probability of the positive class of some cases, with their images changed."""
-        logits = self.scorer.score(self.cohort, cases, change, what=what)
+    def score(self, cases: Sequence[Case], change: Change | None, what: str, *, lungs_before: bool = False) -> Array:
+        """Calibrated probability of the positive class of some cases, with their images changed.
+
+        A model that finds lungs first finds them in the changed image, or with `lungs_before` in the unchanged one.
+        """
+        logits = self.scorer.score(self.cohort, cases, change, lungs_before=lungs_before, what=what)
         return self.verdict.probability(margins(logits, self.labels[self.verdict.positive]))
 
     def with_lungs(self, cases: Sequence[Case]) -> tuple[list[Case], dict[str, int]]:
