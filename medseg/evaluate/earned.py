@@ -3,8 +3,9 @@ that it helps and exclude that it harms."""
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medseg.files import UserError
+from medseg.flat_border import AXES, array_axis, find_border, flatten_border
 from medseg.images import read_image
 from medseg.metrics import dice
 from medseg.statistics import summarise
@@ -20,6 +22,9 @@ from medseg.volume import Volume
 
 SMALL_SHARES = (0.01, 0.1)
 """Objects below these shares of a label's median volume are what `remove_small` is tried on."""
+
+FLAT_SHARE, FLAT_CASES = 0.01, 0.9
+"""The border of two labels is flat where a plane misplaces at most so much of both in at least so many references."""
 
 Operation = tuple[str, float | None]
 """Its name, and the volume in ml that `remove_small` takes."""
@@ -46,9 +51,11 @@ class Choice:
     Attributes:
         min_ml: what `remove_small` removes; None for the others.
         n: cases in which the label is, or was predicted. changed: those whose Dice the operation changes.
-        dice_before, dice_after: means over these cases; before: with what was chosen earlier for this label.
+        dice_before, dice_after: means over these cases; before: with what was chosen earlier for this label. Of a
+            `flat_border` the Dice of a case is the mean of its two labels.
         ci_low, ci_high: 95 % interval of the mean difference, bootstrapped over patients.
         used: the mean rises and the interval does not reach below 0.
+        other, axis: of a `flat_border` the second label, and what the border lies across (`medseg.flat_border.AXES`).
     """
 
     label: str
@@ -61,10 +68,14 @@ class Choice:
     ci_low: float
     ci_high: float
     used: bool
+    other: str = ""
+    axis: str = ""
 
 
 def choose(pairs: Sequence[Pair], labels: Mapping[str, int], apply: Apply, *, seed: int = 0) -> list[dict[str, Any]]:
     """Decide, label by label: the best operation that helps is taken, then the best beside it, until none helps.
+
+    Last come borders that are flat in the references, each beside what was chosen for its two labels.
 
     Args:
         apply: does an operation to one label of a map.
@@ -90,7 +101,10 @@ def choose(pairs: Sequence[Pair], labels: Mapping[str, int], apply: Apply, *, se
             best = max(helping, key=lambda choice: choice.dice_after - choice.dice_before)
             used[label].append(best)
             tried[label] = [operation for operation in tried[label] if operation[0] != best.operation]
-    return [asdict(choice) for choices in used.values() for choice in choices] + [asdict(c) for c in rejected]
+    borders = [_border(pairs, labels, border, used, apply, seed) for border in _flat_borders(pairs, labels)]
+    chosen = [choice for choices in used.values() for choice in choices] + [choice for choice in borders if choice.used]
+    rejected += [choice for choice in borders if not choice.used]
+    return [asdict(choice) for choice in chosen + rejected]
 
 
 def _round(
@@ -124,16 +138,89 @@ def _scores(
     if box is None:
         return
     given, truth, voxel_ml = pred.array[box], ref.array[box] == value, _voxel_ml(pred)
-    for earlier in used:
-        given = apply(given, value, earlier.operation, voxel_ml=voxel_ml, min_ml=earlier.min_ml or 0.0)
+    given = _after(given, value, used, apply, voxel_ml)
     before = dice(given == value, truth)
     for operation in operations:
         then = apply(given, value, operation[0], voxel_ml=voxel_ml, min_ml=operation[1] or 0.0)
         yield operation, before, before if np.array_equal(given, then) else dice(then == value, truth)
 
 
-def _box(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> tuple[slice, ...] | None:
-    found = ndimage.find_objects((pred | ref).view(np.uint8))
+def _after(given: NDArray[Any], value: int, used: Sequence[Choice], apply: Apply, voxel_ml: float) -> NDArray[Any]:
+    """A label map with what was chosen for one label."""
+    for earlier in used:
+        given = apply(given, value, earlier.operation, voxel_ml=voxel_ml, min_ml=earlier.min_ml or 0.0)
+    return given
+
+
+def _flat_borders(pairs: Sequence[Pair], labels: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Two labels that touch, and the direction across their border, where the references draw that border flat."""
+    names = {value: label for label, value in labels.items()}
+    misplaced: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for pair in pairs:
+        ref = read_image(pair.ref)
+        box = _box(ref.array != 0)
+        if ref.array.ndim != 3 or box is None:
+            continue
+        for first, second in _touching(ref.array[box]) if len(labels) > 1 else ():
+            told = [names.get(value) for value in (first, second)]
+            if None in told or set(told) & set(pair.not_annotated):
+                continue
+            for direction in AXES:
+                border = find_border(ref.array[box], first, second, array_axis(ref.affine, direction))
+                if border is not None:
+                    misplaced[(str(told[0]), str(told[1]), direction)].append(border.misplaced)
+    flat = {
+        key: float(np.mean(found))
+        for key, found in misplaced.items()
+        if np.mean(np.array(found) <= FLAT_SHARE) >= FLAT_CASES
+    }
+    return [key for key in flat if flat[key] == min(flat.get((*key[:2], axis), 1.0) for axis in AXES)]
+
+
+def _touching(labels: NDArray[Any]) -> list[tuple[int, int]]:
+    """Pairs of labels, the lower first, with voxels that share a face."""
+    found: set[tuple[int, int]] = set()
+    for axis in range(labels.ndim):
+        turned = np.moveaxis(labels, axis, 0)
+        a, b = turned[:-1], turned[1:]
+        differ = (a != b) & (a > 0) & (b > 0)
+        sides = np.unique(np.sort(np.stack([a[differ], b[differ]], 1), 1), axis=0)
+        found |= {(int(low), int(high)) for low, high in sides}
+    return sorted(found)
+
+
+def _border(
+    pairs: Sequence[Pair],
+    labels: Mapping[str, int],
+    border: tuple[str, str, str],
+    used: Mapping[str, Sequence[Choice]],
+    apply: Apply,
+    seed: int,
+) -> Choice:
+    """The evidence on a flat border of two labels."""
+    first, second, direction = border
+    values, scores = (labels[first], labels[second]), []
+    for pair in pairs:
+        if {first, second} & set(pair.not_annotated):
+            continue
+        pred, ref = _read(pair)
+        box = _box(np.isin(pred.array, values), np.isin(ref.array, values))
+        if box is None:
+            continue
+        given, truth = pred.array[box], ref.array[box]
+        for label, value in zip((first, second), values, strict=True):
+            given = _after(given, value, used[label], apply, _voxel_ml(pred))
+        then = flatten_border(given, *values, array_axis(pred.affine, direction))
+        before, after = (
+            float(np.nanmean([dice(found == value, truth == value) for value in values])) for found in (given, then)
+        )
+        scores.append((pair.patient, before, after))
+    return replace(_choice(first, ("flat_border", None), scores, seed), other=second, axis=direction)
+
+
+def _box(*masks: NDArray[np.bool_]) -> tuple[slice, ...] | None:
+    """The box that holds all masks; None where they are empty."""
+    found = ndimage.find_objects(np.logical_or.reduce(masks).view(np.uint8))
     return tuple(found[0]) if found else None
 
 
