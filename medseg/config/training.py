@@ -101,12 +101,14 @@ class AugmentConfig(Strict):
     """Ranges from which parameters are drawn per item; 0 switches a kind off.
 
     `flip_axes` are array axes after canonical orientation (0 = left-right for volumes; 0 = rows for radiographs).
+    `rotate_deg` holds for all axes that a volume is turned about, or is one number for each (left-right, back-front,
+    foot-head): thick slices, and borders drawn along slices, do not stand every turn.
     `prior` is for networks that take an earlier segmentation. `mixup`, for classifiers: images are mixed in pairs, and
     their targets, with shares from Beta(mixup, mixup) (Zhang et al. 2018).
     """
 
     probability: Share = 0.8
-    rotate_deg: NotNegative = 15.0
+    rotate_deg: NotNegative | tuple[NotNegative, NotNegative, NotNegative] = 15.0
     scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
     translate: Annotated[float, Field(ge=0, lt=1)] = 0.05
     flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()

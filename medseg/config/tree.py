@@ -103,6 +103,10 @@ class Config(Strict):
         self._check_sizes()
         self._check_loss()
         self._check_lungs()
+        if isinstance(self.augment.rotate_deg, tuple) and self.task.spatial_dims != 3:
+            raise ValueError(
+                f"augment.rotate_deg {list(self.augment.rotate_deg)} is for volumes; an image is turned about one axis"
+            )
         if self.plan.appearance != AppearanceConfig() and self.task.spatial_dims != 2:
             raise ValueError("plan.appearance is for radiographs, task.spatial_dims 2; leave it out")
         if self.train.site_adversary and (not classifier or self.model.name == "two_stage"):

@@ -62,10 +62,10 @@ def draw_augment(
     if rng.random() >= config.probability:
         still = neutral(ndim)
         return AugmentParameters(still.rotation_rad, still.scale, still.translation, flips)
-    limit = np.deg2rad(config.rotate_deg)
+    limits = np.broadcast_to(np.deg2rad(config.rotate_deg), 3 if ndim == 3 else 1)
     log_gamma = abs(np.log(1 - config.gamma))
     return AugmentParameters(
-        rotation_rad=tuple(rng.uniform(-limit, limit, 3 if ndim == 3 else 1).tolist()),
+        rotation_rad=tuple(rng.uniform(-limits, limits).tolist()),
         scale=tuple((1 + rng.uniform(-config.scale, config.scale, ndim)).tolist()),
         translation=tuple(rng.uniform(-config.translate, config.translate, ndim).tolist()),
         flips=flips,

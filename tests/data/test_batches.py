@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.cohort import Case
-from medseg.config import AugmentConfig
+from medseg.config import AugmentConfig, load_config
 from medseg.data.augment import AugmentParameters, augment, draw_augment, neutral
 from medseg.data.batches import BatchSource, crop
 from medseg.data.cache import Example
+from medseg.files import UserError
 
 STILL = AugmentConfig(probability=0)
 
@@ -126,6 +127,27 @@ def test_image_and_label_move_together() -> None:
     assert moved is not None
     dice = 2 * ((image > 0.5) * moved).sum() / ((image > 0.5).sum() + moved.sum())
     assert float(dice) > 0.95
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_turned_about_one_axis_what_lies_across_it_stays(axis: int) -> None:
+    limits = [0.0, 0.0, 0.0]
+    limits[axis] = 40.0
+    config = AugmentConfig(probability=1, rotate_deg=tuple(limits), scale=0, translate=0)
+    place = torch.arange(24.0).view([24 if other == axis else 1 for other in range(3)]).expand(24, 24, 24)
+    for seed in range(3):
+        params = draw_augment(config, 3, np.random.default_rng(seed))
+        assert [bool(angle) for angle in params.rotation_rad] == [other == axis for other in range(3)]
+        _, moved = augment(place[None, None], place[None, None].clone(), [params])
+        assert moved is not None
+        inside = moved[0, 0] != 0
+        assert torch.equal(moved[0, 0][inside], place[inside])
+        assert inside.float().mean() > 0.7
+
+
+def test_a_radiograph_is_turned_about_one_axis() -> None:
+    with pytest.raises(UserError, match=r"augment\.rotate_deg \[5\.0, 0\.0, 0\.0\] is for volumes"):
+        load_config("tb_radiograph", ["augment.rotate_deg=[5, 0, 0]"])
 
 
 def test_noise_follows_its_recorded_seed() -> None:
