@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from medseg.bundle import Bundle, load_bundle
 from medseg.cohort import Case, Cohort, read_cohort
 from medseg.config import ExplainChecksConfig, MethodConfig
+from medseg.data.imputation import impute
 from medseg.data.preprocess import Prepared, prepare
 from medseg.explain import EXPLAINERS, explain, explain_score
 from medseg.explain.eigencam import eigencam
 from medseg.explain.fullgrad import full_gradients
 from medseg.explain.gradients import activation_and_gradient
 from medseg.explain.hooks import first_output, frozen, logits_and_layer
-from medseg.explain.imputation import impute
 from medseg.explain.passmark import CHECKS, Explained, measure
 from medseg.explain.perturb import Probe
 from medseg.explain.ranking import Candidate, candidates_of, measure_candidate, rank_methods

@@ -12,10 +12,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from medseg.config import MethodConfig
+from medseg.data.grids import enlarged
 from medseg.explain.eigencam import explain_by_eigencam
 from medseg.explain.fullgrad import explain_by_fullgrad
 from medseg.explain.gradients import from_layer, gradcam, gradcampp, hirescam, input_gradient, layercam
-from medseg.explain.grids import enlarged
 from medseg.explain.hooks import frozen, logits_and_layer
 from medseg.explain.occlusion import explain_by_occlusion
 from medseg.explain.scorecam import explain_by_scorecam

@@ -18,8 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from medseg.config import MethodConfig
+from medseg.data.grids import enlarged
 from medseg.explain.gradients import leaf_of
-from medseg.explain.grids import enlarged
 from medseg.explain.hooks import first_output
 from medseg.explain.targets import Score
 from medseg.files import UserError

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg.config import ExplainChecksConfig, MethodConfig
+from medseg.data.grids import enlarged
 from medseg.explain import LAYERLESS, explain_score
 from medseg.explain.checks import energy_in_region, method_agreement, overlap_of_shifted, rank_correlation
-from medseg.explain.grids import enlarged
 from medseg.explain.hooks import frozen, logits_and_layer
 from medseg.explain.perturb import Probe, deletion_insertion, road
 from medseg.explain.randomise import cascade

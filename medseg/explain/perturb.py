@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from medseg.data.grids import enlarged
+from medseg.data.imputation import impute
 from medseg.explain.checks import area, removal_rank
-from medseg.explain.grids import enlarged
 from medseg.explain.hooks import first_output, frozen
-from medseg.explain.imputation import impute
 from medseg.explain.targets import Score
 
 BLUR = 0.05

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from medseg.config import MethodConfig
+from medseg.data.grids import enlarged
 from medseg.explain.gradients import placed
-from medseg.explain.grids import enlarged
 from medseg.explain.hooks import captured, first_output
 from medseg.explain.targets import Score
 

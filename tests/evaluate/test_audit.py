@@ -155,7 +155,7 @@ def test_masks_are_hidden_from_the_network_and_not_from_the_lung_model_before_it
     scorer = Scorer(subject.scorer.net, subject.scorer.plan, view)
     subject = replace(subject, scorer=scorer)
     model_items.check_masks(subject)
-    assert len(asked) == 4 * COUNT
+    assert len(asked) == 5 * COUNT
     assert all(asked)
     asked.clear()
     model_items.check_borders(subject)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from medseg.config import ExplainChecksConfig
+from medseg.data.imputation import impute, neighbour_weights
 from medseg.explain import LAYERLESS, explain_score
 from medseg.explain.checks import (
     area,
@@ -18,7 +19,6 @@ from medseg.explain.checks import (
     removal_rank,
 )
 from medseg.explain.hooks import run_order
-from medseg.explain.imputation import impute, neighbour_weights
 from medseg.explain.passmark import CHECKS, Explained, failed, judge, measure
 from medseg.explain.perturb import Probe, deletion_insertion, road
 from medseg.explain.randomise import cascade

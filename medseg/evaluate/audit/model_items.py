@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from medseg.cohort import Case
 from medseg.data import lungs as masks
+from medseg.data.imputation import fill_in
 from medseg.evaluate.audit.borders import CHANGES
 from medseg.evaluate.audit.cohort_items import name_classes_without_lungs
 from medseg.evaluate.audit.item import Item, figures_of, judged, missing
@@ -20,6 +21,7 @@ from medseg.volume import Volume
 
 Array = NDArray[np.float64]
 
+_MASKS = {"tight": "lungs", "dilated": "dilated", "convex": "hull"}
 _NO_LUNGS = "No case has plausible lung masks; name a lung model or a folder of masks in audit.lungs."
 
 
@@ -76,25 +78,29 @@ def check_borders(subject: Subject) -> Item:
 
 
 def check_blacked_out(subject: Subject) -> Item:
-    """AUC of the model, and of a small network trained for it, on images without lungs."""
+    """AUC of the model, and of a small network trained for it, on images without lungs.
+
+    The model sees them black, and filled in from what is round them; the small network has learnt from black ones.
+    """
     config, unit = subject.config, "AUC"
     usable, _ = subject.with_lungs(subject.cases)
     truth = subject.truth_of(usable)
     if not 0 < truth.sum() < len(truth):
         return missing("lungs_blacked_out", config.max_blacked_out, "below", _NO_LUNGS, unit=unit)
-    cut = _cut(subject, usable, masks.outside_only, "hull")
-    after = subject.score(usable, cut, "Lungs blacked out", lungs_before=True)
     patients = [case.patient_id for case in usable]
-    model = _either_way(auc(after, truth, patients, seed=SEED))
+    asked: dict[str, Estimate] = {}
+    for how, hide in (("blacked out", masks.outside_only), ("filled in", _fill_inside)):
+        after = subject.score(usable, _cut(subject, usable, hide, "hull"), f"Lungs {how}", lungs_before=True)
+        asked[how] = _either_way(auc(after, truth, patients, seed=SEED))
     sample, _ = subject.with_lungs(subject.sample)
     probe = name_classes_without_lungs(subject, sample)
-    rows = [
-        {"who": "this model, lungs blacked out", **figures_of(model)},
-        {"who": "a small network trained on images with the lungs blacked out", **figures_of(probe)},
-    ]
-    found, who = (probe, "a small network trained on such images tells") if probe.value > model.value else (
-        model, "the model still tells")  # fmt: skip
-    sentence = f"With the lungs blacked out, {who} the classes apart with an AUC of {found.value:.2f}; chance is 0.50."
+    rows = [{"who": f"this model, lungs {how}", **figures_of(area)} for how, area in asked.items()]
+    rows.append({"who": "a small network trained on images with the lungs blacked out", **figures_of(probe)})
+    how = max(asked, key=lambda name: asked[name].value)
+    found, who = asked[how], "the model still tells"
+    if probe.value > found.value:
+        how, found, who = "blacked out", probe, "a small network trained on such images tells"
+    sentence = f"With the lungs {how}, {who} the classes apart with an AUC of {found.value:.2f}; chance is 0.50."
     return judged(
         "lungs_blacked_out", found, config.max_blacked_out, "below", config.decide_by, sentence, unit=unit,
         details=rows, at_best="not assessable" if np.isnan(probe.value) else "pass",
@@ -102,15 +108,20 @@ def check_blacked_out(subject: Subject) -> Item:
 
 
 def check_masks(subject: Subject) -> Item:
-    """AUC lost outside the dilated lung fields; whole, tight, dilated and convex masks side by side."""
+    """AUC lost outside the dilated lung fields; whole, tight, dilated and convex masks side by side.
+
+    What a mask hides is filled in from what it leaves. Black counts for nothing, since a network that has never seen a
+    black rim fails there whatever it reads; it is shown for the dilated mask.
+    """
     config, unit = subject.config, "AUC lost outside the dilated lungs"
     usable, reasons = subject.with_lungs(subject.cases)
     truth, patients = subject.truth_of(usable), [case.patient_id for case in usable]
     if not 0 < truth.sum() < len(truth):
         return missing("masks", config.max_masked_loss, "below", _NO_LUNGS, unit=unit)
     scores = {"whole": subject.score(usable, None, "Whole images")}
-    for name, kind in (("tight", "lungs"), ("dilated", "dilated"), ("convex", "hull")):
-        cut = _cut(subject, usable, masks.inside_only, kind)  # the network is asked, not the lung model before it
+    hidings = [(name, _fill_outside, kind) for name, kind in _MASKS.items()]
+    for name, hide, kind in [*hidings, ("dilated, black outside", masks.inside_only, "dilated")]:
+        cut = _cut(subject, usable, hide, kind)  # the network is asked, not the lung model before it
         scores[name] = subject.score(usable, cut, f"Masks: {name}", lungs_before=True)
     rows: list[Mapping[str, Any]] = []
     for name, probs in scores.items():
@@ -231,6 +242,14 @@ def _cut(subject: Subject, cases: Sequence[Case], how: Any, kind: str) -> Any:
         return replace(image, array=how(image.array, mask_of(cases[number], image.array.shape)))
 
     return changed
+
+
+def _fill_outside(image: NDArray[Any], mask: masks.Mask) -> NDArray[Any]:
+    return fill_in(image, ~mask)
+
+
+def _fill_inside(image: NDArray[Any], mask: masks.Mask) -> NDArray[Any]:
+    return fill_in(image, mask)
 
 
 def _either_way(found: Estimate) -> Estimate:

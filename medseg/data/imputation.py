@@ -1,19 +1,51 @@
 """Noisy linear imputation of removed pixels (ROAD; Rong et al. 2022, section 4.2), in 2D and 3D.
 
+A network has never seen a hole: black in its place says more than that something is missing.
+
 Each removed pixel becomes the weighted mean of its neighbours, a removed neighbour by its own new value: one sparse
 symmetric positive definite system per image and channel. It is solved by conjugate gradients with the matrix as a
 convolution, all images at once, started from a pyramid of means.
 """
 
 from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from medseg.explain.grids import enlarged, pooled
+from medseg.data.grids import enlarged, pooled
 
 _CONV = {2: functional.conv2d, 3: functional.conv3d}
+_SIDE = 256  # what is filled in is smooth; a finer grid costs time and shows nothing more
+
+
+def fill_in(image: NDArray[Any], hidden: NDArray[np.bool_], *, seed: int = 0) -> NDArray[Any]:
+    """A picture whose hidden pixels are imputed from the others, on a grid of at most 256 pixels a side.
+
+    Args:
+        image: (row, column), any number type; the result has the same, within the image's range. hidden: of its shape.
+
+    Returns:
+        The pixels that are not hidden as they are; where all are, an image of its darkest value.
+    """
+    if not hidden.any():
+        return image
+    whole = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None, None]
+    known = torch.from_numpy(~hidden)[None, None].float()
+    scale = min(1.0, _SIDE / max(image.shape))
+    grid = tuple(max(1, round(n * scale)) for n in image.shape)
+    share = pooled(known, grid)
+    if not bool((share > 0).any()):
+        return np.full_like(image, image.min())
+    coarse = pooled(whole * known, grid) / share.clamp(min=1e-6)
+    values = enlarged(impute(coarse, share[:, 0] == 0, seed=seed), image.shape)[0, 0].numpy()
+    values = np.clip(values, image.min(), image.max())
+    if np.issubdtype(image.dtype, np.integer):
+        values = np.rint(values)
+    return np.where(hidden, values.astype(image.dtype), image)
 
 
 def impute(
