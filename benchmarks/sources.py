@@ -79,13 +79,14 @@ def main() -> None:
     parser.add_argument("--cohort", type=Path, required=True)
     parser.add_argument("--train", nargs="+", required=True, metavar="SITE")
     parser.add_argument("--test", required=True, metavar="SITE")
-    parser.add_argument("--options", nargs="+", default=["plain"], choices=list(OPTIONS))
+    parser.add_argument("--options", nargs="+", default=[], choices=list(OPTIONS))
     parser.add_argument("--option", dest="own", nargs="+", action="append", default=[], metavar=("NAME", "A.B=C"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--work", type=Path, default=Path("workspace"))
     args = parser.parse_args()
-    options = {name: OPTIONS[name] for name in args.options} | {name: tuple(sets) for name, *sets in args.own}
+    named = args.options or ([] if args.own else ["plain"])
+    options = {name: OPTIONS[name] for name in named} | {name: tuple(sets) for name, *sets in args.own}
     cohort = elsewhere(read_cohort(args.cohort), args.train, args.test)
     print("| option | seed | AUC at home | AUC elsewhere (95 %) | specificity at 90 % sensitivity (95 %) |")
     print("|---|---|---|---|---|", flush=True)
