@@ -37,19 +37,25 @@ def array_axis(affine: Affine, direction: str) -> int:
     return int(closest_axes(affine)[0][AXES.index(direction)])
 
 
-def find_border(labels: Labels, first: int, second: int, axis: int) -> Border | None:
-    """The plane across `axis` that leaves the fewest voxels of two labels on the wrong side; None where one is missing.
+def slice_counts(labels: Labels, axis: int) -> NDArray[np.int64]:
+    """Voxels of each label in each slice across an axis: (slices, highest label + 1)."""
+    highest = int(labels.max(initial=0))
+    slices = np.moveaxis(labels, axis, 0)
+    return np.array([np.bincount(part.reshape(-1), minlength=highest + 1) for part in slices])
+
+
+def find_border(counts: NDArray[np.int64], first: int, second: int) -> Border | None:
+    """The plane that leaves the fewest voxels of two labels on the wrong side; None where one is missing.
 
     Args:
-        labels: (i, j, k).
+        counts: of `slice_counts`.
     """
-    others = tuple(other for other in range(labels.ndim) if other != axis)
-    counts = [np.count_nonzero(labels == value, axis=others) for value in (first, second)]
-    if not counts[0].any() or not counts[1].any():
+    if max(first, second) >= counts.shape[1] or not counts[:, first].any() or not counts[:, second].any():
         return None
-    below = [np.concatenate([[0], np.cumsum(found)]) for found in counts]  # voxels below each possible start
-    total = below[0][-1] + below[1][-1]
-    wrong = below[0][-1] - below[0] + below[1]  # with the first structure below
+    # voxels of each below every possible start
+    below, other = (np.concatenate([[0], np.cumsum(counts[:, value])]) for value in (first, second))
+    total = below[-1] + other[-1]
+    wrong = below[-1] - below + other  # with the first structure below
     upright, reverse = int(np.argmin(wrong)), int(np.argmax(wrong))
     if wrong[upright] <= total - wrong[reverse]:
         return Border(upright, True, float(wrong[upright] / total))
@@ -62,7 +68,7 @@ def flatten_border(labels: Labels, first: int, second: int, axis: int) -> Labels
     Returns:
         A map of the same shape and dtype; the same one where a label is missing.
     """
-    border = find_border(labels, first, second, axis)
+    border = find_border(slice_counts(labels, axis), first, second)
     if border is None or border.misplaced == 0:
         return labels
     changed = np.moveaxis(labels.copy(), axis, 0)

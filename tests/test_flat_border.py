@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medseg.evaluate.earned import Pair, choose
-from medseg.flat_border import AXES, array_axis, find_border, flatten_border
+from medseg.flat_border import AXES, array_axis, find_border, flatten_border, slice_counts
 from medseg.images import read_image, write_nifti
 from medseg.metrics import dice
 from medseg.predict.postprocess import apply, apply_all
@@ -35,7 +35,7 @@ def slanted(border: int, slope: float) -> np.ndarray:
 def test_a_flat_border_is_found_and_stays(axis: int, turned: bool) -> None:
     labels = np.moveaxis(drawn(), 1, axis)
     labels = np.flip(labels, axis) if turned else labels
-    border = find_border(labels, 1, 4, axis)
+    border = find_border(slice_counts(labels, axis), 1, 4)
     assert border is not None
     assert border.misplaced == 0
     assert border.first_below == turned
@@ -52,7 +52,7 @@ def test_the_plane_is_the_best_of_all() -> None:
             for k in range(10)
             for pair in [(1, 4), (4, 1)]
         )
-        border = find_border(labels, 1, 4, 1)
+        border = find_border(slice_counts(labels, 1), 1, 4)
         assert border is not None
         assert border.misplaced == pytest.approx(best / np.isin(labels, (1, 4)).sum())
         flat = flatten_border(labels, 1, 4, 1)
@@ -71,7 +71,7 @@ def test_a_slanted_border_is_straightened_about_its_middle() -> None:
 
 def test_where_a_label_is_missing_nothing_is_done() -> None:
     labels = np.where(drawn() == 4, 4, 0).astype(np.uint8)
-    assert find_border(labels, 1, 4, 1) is None
+    assert find_border(slice_counts(labels, 1), 1, 4) is None
     assert flatten_border(labels, 1, 4, 1) is labels
 
 

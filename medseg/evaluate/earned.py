@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medseg.files import UserError
-from medseg.flat_border import AXES, array_axis, find_border, flatten_border
+from medseg.flat_border import AXES, array_axis, find_border, flatten_border, slice_counts
 from medseg.images import read_image
 from medseg.metrics import dice
 from medseg.statistics import summarise
@@ -24,7 +24,8 @@ SMALL_SHARES = (0.01, 0.1)
 """Objects below these shares of a label's median volume are what `remove_small` is tried on."""
 
 FLAT_SHARE, FLAT_CASES = 0.01, 0.9
-"""The border of two labels is flat where a plane misplaces at most so much of both in at least so many references."""
+"""The border of two labels is flat where a plane misplaces at most so much of both in at least so many references, of
+those in which they touch; these are at least half of all."""
 
 Operation = tuple[str, float | None]
 """Its name, and the volume in ml that `remove_small` takes."""
@@ -101,7 +102,7 @@ def choose(pairs: Sequence[Pair], labels: Mapping[str, int], apply: Apply, *, se
             best = max(helping, key=lambda choice: choice.dice_after - choice.dice_before)
             used[label].append(best)
             tried[label] = [operation for operation in tried[label] if operation[0] != best.operation]
-    borders = [_border(pairs, labels, border, used, apply, seed) for border in _flat_borders(pairs, labels)]
+    borders = _borders(pairs, labels, used, apply, seed)
     chosen = [choice for choices in used.values() for choice in choices] + [choice for choice in borders if choice.used]
     rejected += [choice for choice in borders if not choice.used]
     return [asdict(choice) for choice in chosen + rejected]
@@ -161,18 +162,19 @@ def _flat_borders(pairs: Sequence[Pair], labels: Mapping[str, int]) -> list[tupl
         box = _box(ref.array != 0)
         if ref.array.ndim != 3 or box is None:
             continue
-        for first, second in _touching(ref.array[box]) if len(labels) > 1 else ():
-            told = [names.get(value) for value in (first, second)]
-            if None in told or set(told) & set(pair.not_annotated):
-                continue
-            for direction in AXES:
-                border = find_border(ref.array[box], first, second, array_axis(ref.affine, direction))
+        part = ref.array[box]
+        touching = [(names[a], names[b]) for a, b in _touching(part) if a in names and b in names]
+        told = [pair_of for pair_of in touching if not set(pair_of) & set(pair.not_annotated)]
+        for direction in AXES if told else ():
+            counts = slice_counts(part, array_axis(ref.affine, direction))
+            for first, second in told:
+                border = find_border(counts, labels[first], labels[second])
                 if border is not None:
-                    misplaced[(str(told[0]), str(told[1]), direction)].append(border.misplaced)
+                    misplaced[(first, second, direction)].append(border.misplaced)
     flat = {
         key: float(np.mean(found))
         for key, found in misplaced.items()
-        if np.mean(np.array(found) <= FLAT_SHARE) >= FLAT_CASES
+        if 2 * len(found) >= len(pairs) and np.mean(np.array(found) <= FLAT_SHARE) >= FLAT_CASES
     }
     return [key for key in flat if flat[key] == min(flat.get((*key[:2], axis), 1.0) for axis in AXES)]
 
@@ -184,38 +186,36 @@ def _touching(labels: NDArray[Any]) -> list[tuple[int, int]]:
         turned = np.moveaxis(labels, axis, 0)
         a, b = turned[:-1], turned[1:]
         differ = (a != b) & (a > 0) & (b > 0)
-        sides = np.unique(np.sort(np.stack([a[differ], b[differ]], 1), 1), axis=0)
-        found |= {(int(low), int(high)) for low, high in sides}
+        low, high = np.minimum(a[differ], b[differ]), np.maximum(a[differ], b[differ])
+        found |= {divmod(int(code), 1 << 16) for code in np.unique(low.astype(np.int64) << 16 | high)}
     return sorted(found)
 
 
-def _border(
-    pairs: Sequence[Pair],
-    labels: Mapping[str, int],
-    border: tuple[str, str, str],
-    used: Mapping[str, Sequence[Choice]],
-    apply: Apply,
-    seed: int,
-) -> Choice:
-    """The evidence on a flat border of two labels."""
-    first, second, direction = border
-    values, scores = (labels[first], labels[second]), []
-    for pair in pairs:
-        if {first, second} & set(pair.not_annotated):
-            continue
+def _borders(
+    pairs: Sequence[Pair], labels: Mapping[str, int], used: Mapping[str, Sequence[Choice]], apply: Apply, seed: int
+) -> list[Choice]:
+    """The evidence on every flat border, each beside what is used for its two labels; every prediction is read once."""
+    borders = _flat_borders(pairs, labels)
+    scores: dict[tuple[str, str, str], list[tuple[str, float, float]]] = {border: [] for border in borders}
+    for pair in pairs if borders else ():
         pred, ref = _read(pair)
-        box = _box(np.isin(pred.array, values), np.isin(ref.array, values))
-        if box is None:
-            continue
-        given, truth = pred.array[box], ref.array[box]
-        for label, value in zip((first, second), values, strict=True):
-            given = _after(given, value, used[label], apply, _voxel_ml(pred))
-        then = flatten_border(given, *values, array_axis(pred.affine, direction))
-        before, after = (
-            float(np.nanmean([dice(found == value, truth == value) for value in values])) for found in (given, then)
-        )
-        scores.append((pair.patient, before, after))
-    return replace(_choice(first, ("flat_border", None), scores, seed), other=second, axis=direction)
+        for first, second, direction in borders:
+            values = (labels[first], labels[second])
+            box = _box(np.isin(pred.array, values), np.isin(ref.array, values))
+            if box is None or {first, second} & set(pair.not_annotated):
+                continue
+            given, truth = pred.array[box], ref.array[box]
+            for label, value in zip((first, second), values, strict=True):
+                given = _after(given, value, used[label], apply, _voxel_ml(pred))
+            then = flatten_border(given, *values, array_axis(pred.affine, direction))
+            before, after = (
+                float(np.nanmean([dice(found == value, truth == value) for value in values])) for found in (given, then)
+            )
+            scores[(first, second, direction)].append((pair.patient, before, after))
+    return [
+        replace(_choice(first, ("flat_border", None), found, seed), other=second, axis=direction)
+        for (first, second, direction), found in scores.items()
+    ]
 
 
 def _box(*masks: NDArray[np.bool_]) -> tuple[slice, ...] | None:
