@@ -21,7 +21,6 @@ from medseg.evaluate import step as evaluate_step
 from medseg.evaluate.outcomes import Outcome, read_outcomes
 from medseg.feature_distance import join_distances
 from medseg.files import UserError, write_text
-from medseg.model_card import operation_named
 from medseg.plan import IMAGE_FIELDS, write_plan
 from medseg.predict import postprocess
 from medseg.predict import step as predict_step
@@ -289,7 +288,7 @@ def _headline(evidence: Mapping[str, Any], folds: Sequence[Fold]) -> dict[str, o
         held_out = found["held_out"]
         flat = {f"expected_dice_{name}_{label}": held_out[name] for name in ("spearman", "absolute_error")}
         figures |= {name: value for name, value in flat.items() if math.isfinite(value)}
-    used = [operation_named(choice) for choice in evidence.get("postprocessing") or () if choice["used"]]
+    used = [f"{c['label']}: {c['operation']}" for c in evidence.get("postprocessing") or () if c["used"]]
     return figures | ({"postprocessing": used} if used else {})
 
 

@@ -98,15 +98,9 @@ def _joined(facts: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     for choice in evidence.get("postprocessing") or ():
         if choice["used"]:
-            yield f"- {operation_named(choice)} is applied, since it raises the mean "
+            yield f"- {choice['label']}: {choice['operation'].replace('_', ' ')} is applied, since it raises the mean "
             yield f"  Dice from {choice['dice_before']:.4f} to {choice['dice_after']:.4f} (n = {choice['n']})."
     yield ""
-
-
-def operation_named(choice: Mapping[str, Any]) -> str:
-    """An operation of post-processing and what it is done to, in words."""
-    border = f" with {choice['other']} ({choice['axis']})" if choice.get("other") else ""
-    return f"{choice['label']}: {choice['operation'].replace('_', ' ')}{border}"
 
 
 def _adapted(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -3,9 +3,8 @@ that it helps and exclude that it harms."""
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medseg.files import UserError
-from medseg.flat_border import AXES, array_axis, find_border, flatten_border, slice_counts
 from medseg.images import read_image
 from medseg.metrics import dice
 from medseg.statistics import summarise
@@ -22,10 +20,6 @@ from medseg.volume import Volume
 
 SMALL_SHARES = (0.01, 0.1)
 """Objects below these shares of a label's median volume are what `remove_small` is tried on."""
-
-FLAT_SHARE, FLAT_CASES = 0.01, 0.9
-"""The border of two labels is flat where a plane misplaces at most so much of both in at least so many references, of
-those in which they touch; these are at least half of all."""
 
 Operation = tuple[str, float | None]
 """Its name, and the volume in ml that `remove_small` takes."""
@@ -52,11 +46,9 @@ class Choice:
     Attributes:
         min_ml: what `remove_small` removes; None for the others.
         n: cases in which the label is, or was predicted. changed: those whose Dice the operation changes.
-        dice_before, dice_after: means over these cases; before: with what was chosen earlier for this label. Of a
-            `flat_border` the Dice of a case is the mean of its two labels.
+        dice_before, dice_after: means over these cases; before: with what was chosen earlier for this label.
         ci_low, ci_high: 95 % interval of the mean difference, bootstrapped over patients.
         used: the mean rises and the interval does not reach below 0.
-        other, axis: of a `flat_border` the second label, and what the border lies across (`medseg.flat_border.AXES`).
     """
 
     label: str
@@ -69,14 +61,10 @@ class Choice:
     ci_low: float
     ci_high: float
     used: bool
-    other: str = ""
-    axis: str = ""
 
 
 def choose(pairs: Sequence[Pair], labels: Mapping[str, int], apply: Apply, *, seed: int = 0) -> list[dict[str, Any]]:
     """Decide, label by label: the best operation that helps is taken, then the best beside it, until none helps.
-
-    Last come borders that are flat in the references, each beside what was chosen for its two labels.
 
     Args:
         apply: does an operation to one label of a map.
@@ -102,10 +90,7 @@ def choose(pairs: Sequence[Pair], labels: Mapping[str, int], apply: Apply, *, se
             best = max(helping, key=lambda choice: choice.dice_after - choice.dice_before)
             used[label].append(best)
             tried[label] = [operation for operation in tried[label] if operation[0] != best.operation]
-    borders = _borders(pairs, labels, used, apply, seed)
-    chosen = [choice for choices in used.values() for choice in choices] + [choice for choice in borders if choice.used]
-    rejected += [choice for choice in borders if not choice.used]
-    return [asdict(choice) for choice in chosen + rejected]
+    return [asdict(choice) for choices in used.values() for choice in choices] + [asdict(c) for c in rejected]
 
 
 def _round(
@@ -139,88 +124,16 @@ def _scores(
     if box is None:
         return
     given, truth, voxel_ml = pred.array[box], ref.array[box] == value, _voxel_ml(pred)
-    given = _after(given, value, used, apply, voxel_ml)
+    for earlier in used:
+        given = apply(given, value, earlier.operation, voxel_ml=voxel_ml, min_ml=earlier.min_ml or 0.0)
     before = dice(given == value, truth)
     for operation in operations:
         then = apply(given, value, operation[0], voxel_ml=voxel_ml, min_ml=operation[1] or 0.0)
         yield operation, before, before if np.array_equal(given, then) else dice(then == value, truth)
 
 
-def _after(given: NDArray[Any], value: int, used: Sequence[Choice], apply: Apply, voxel_ml: float) -> NDArray[Any]:
-    """A label map with what was chosen for one label."""
-    for earlier in used:
-        given = apply(given, value, earlier.operation, voxel_ml=voxel_ml, min_ml=earlier.min_ml or 0.0)
-    return given
-
-
-def _flat_borders(pairs: Sequence[Pair], labels: Mapping[str, int]) -> list[tuple[str, str, str]]:
-    """Two labels that touch, and the direction across their border, where the references draw that border flat."""
-    names = {value: label for label, value in labels.items()}
-    misplaced: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for pair in pairs:
-        ref = read_image(pair.ref)
-        box = _box(ref.array != 0)
-        if ref.array.ndim != 3 or box is None:
-            continue
-        part = ref.array[box]
-        touching = [(names[a], names[b]) for a, b in _touching(part) if a in names and b in names]
-        told = [pair_of for pair_of in touching if not set(pair_of) & set(pair.not_annotated)]
-        for direction in AXES if told else ():
-            counts = slice_counts(part, array_axis(ref.affine, direction))
-            for first, second in told:
-                border = find_border(counts, labels[first], labels[second])
-                if border is not None:
-                    misplaced[(first, second, direction)].append(border.misplaced)
-    flat = {
-        key: float(np.mean(found))
-        for key, found in misplaced.items()
-        if 2 * len(found) >= len(pairs) and np.mean(np.array(found) <= FLAT_SHARE) >= FLAT_CASES
-    }
-    return [key for key in flat if flat[key] == min(flat.get((*key[:2], axis), 1.0) for axis in AXES)]
-
-
-def _touching(labels: NDArray[Any]) -> list[tuple[int, int]]:
-    """Pairs of labels, the lower first, with voxels that share a face."""
-    found: set[tuple[int, int]] = set()
-    for axis in range(labels.ndim):
-        turned = np.moveaxis(labels, axis, 0)
-        a, b = turned[:-1], turned[1:]
-        differ = (a != b) & (a > 0) & (b > 0)
-        low, high = np.minimum(a[differ], b[differ]), np.maximum(a[differ], b[differ])
-        found |= {divmod(int(code), 1 << 16) for code in np.unique(low.astype(np.int64) << 16 | high)}
-    return sorted(found)
-
-
-def _borders(
-    pairs: Sequence[Pair], labels: Mapping[str, int], used: Mapping[str, Sequence[Choice]], apply: Apply, seed: int
-) -> list[Choice]:
-    """The evidence on every flat border, each beside what is used for its two labels; every prediction is read once."""
-    borders = _flat_borders(pairs, labels)
-    scores: dict[tuple[str, str, str], list[tuple[str, float, float]]] = {border: [] for border in borders}
-    for pair in pairs if borders else ():
-        pred, ref = _read(pair)
-        for first, second, direction in borders:
-            values = (labels[first], labels[second])
-            box = _box(np.isin(pred.array, values), np.isin(ref.array, values))
-            if box is None or {first, second} & set(pair.not_annotated):
-                continue
-            given, truth = pred.array[box], ref.array[box]
-            for label, value in zip((first, second), values, strict=True):
-                given = _after(given, value, used[label], apply, _voxel_ml(pred))
-            then = flatten_border(given, *values, array_axis(pred.affine, direction))
-            before, after = (
-                float(np.nanmean([dice(found == value, truth == value) for value in values])) for found in (given, then)
-            )
-            scores[(first, second, direction)].append((pair.patient, before, after))
-    return [
-        replace(_choice(first, ("flat_border", None), found, seed), other=second, axis=direction)
-        for (first, second, direction), found in scores.items()
-    ]
-
-
-def _box(*masks: NDArray[np.bool_]) -> tuple[slice, ...] | None:
-    """The box that holds all masks; None where they are empty."""
-    found = ndimage.find_objects(np.logical_or.reduce(masks).view(np.uint8))
+def _box(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> tuple[slice, ...] | None:
+    found = ndimage.find_objects((pred | ref).view(np.uint8))
     return tuple(found[0]) if found else None
 
 

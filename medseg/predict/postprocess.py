@@ -1,18 +1,14 @@
-"""What may be done to a label map after the network, on the scan's own grid: to one label, or to the border of two.
+"""What may be done to a label map after the network: one label at a time, on the scan's own grid.
 
 None of it is done unasked: a bundle names the operations that out-of-fold predictions speak for.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-
-from medseg.flat_border import array_axis, flatten_border
-from medseg.volume import Volume
 
 Labels = NDArray[Any]  # uint8 or uint16
 Mask = NDArray[np.bool_]
@@ -41,21 +37,19 @@ def apply(labels: Labels, value: int, operation: str, *, voxel_ml: float = 0.0, 
     return changed
 
 
-def apply_all(mask: Volume, values: Mapping[str, int], choices: Iterable[Mapping[str, Any]]) -> Volume:
-    """Apply the choices of a bundle in their order: mappings with `label`, `operation` and what the operation takes.
-
-    That is `min_ml` of `remove_small`; `other`, a label, and `axis`, as in `medseg.flat_border`, of `flat_border`.
-    """
-    labels, voxel_ml = mask.array, mask.voxel_ml if mask.array.ndim == 3 else 0.0
+def apply_all(
+    labels: Labels, values: Mapping[str, int], choices: Iterable[Mapping[str, Any]], *, voxel_ml: float = 0.0
+) -> Labels:
+    """Apply the choices of a bundle in their order: mappings with `label`, `operation` and perhaps `min_ml`."""
     for choice in choices:
-        value, operation = values[choice["label"]], choice["operation"]
-        if operation == "flat_border":
-            axis = array_axis(mask.affine, choice["axis"])
-            labels = flatten_border(labels, value, values[choice["other"]], axis)
-        else:
-            min_ml = float(choice.get("min_ml") or 0.0)
-            labels = apply(labels, value, operation, voxel_ml=voxel_ml, min_ml=min_ml)
-    return replace(mask, array=labels)
+        labels = apply(
+            labels,
+            values[choice["label"]],
+            choice["operation"],
+            voxel_ml=voxel_ml,
+            min_ml=float(choice.get("min_ml") or 0.0),
+        )
+    return labels
 
 
 def keep_largest(mask: Mask, min_voxels: float = 0.0) -> Mask:

@@ -237,7 +237,8 @@ class Predictor:
     def _cleaned(self, mask: Volume) -> Volume:
         """With the post-processing that the bundle's own evidence speaks for; without any, the mask as it is."""
         choices = [choice for choice in self.bundle.evidence.get("postprocessing") or () if choice["used"]]
-        return apply_all(mask, self.bundle.labels, choices)
+        voxel_ml = mask.voxel_ml if mask.array.ndim == 3 else 0.0
+        return replace(mask, array=apply_all(mask.array, self.bundle.labels, choices, voxel_ml=voxel_ml))
 
     @torch.inference_mode()
     def _classify(self, prepared: Prepared) -> dict[str, float]:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from medseg.predict.postprocess import OPERATIONS, apply, apply_all
-from medseg.volume import Volume
 
 
 def scene() -> np.ndarray:
@@ -60,6 +59,6 @@ def test_corners_connect() -> None:
 
 def test_choices_are_applied_in_their_order() -> None:
     choices = [{"label": "thing", "operation": "largest_component"}, {"label": "thing", "operation": "fill_holes"}]
-    found = apply_all(Volume(scene(), np.eye(4)), {"thing": 1}, choices)
-    assert (found.array == 1).sum() == 7**3 - 1
-    assert np.array_equal(apply_all(Volume(scene(), np.eye(4)), {"thing": 1}, []).array, scene())
+    found = apply_all(scene(), {"thing": 1}, choices)
+    assert (found == 1).sum() == 7**3 - 1
+    assert np.array_equal(apply_all(scene(), {"thing": 1}, []), scene())
