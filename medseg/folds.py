@@ -256,6 +256,8 @@ def _first_difference(one: Any, other: Any) -> str:
 def _common(config: Config) -> Mapping[str, Any]:
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["train"] = {**tree["train"], "fold": None, "checkpoint_minutes": None}
+    if tree["model"].get("weights") not in (None, "hub"):  # each fold's own, pretrained without what measures it
+        tree["model"] = {**tree["model"], "weights": "a file"}
     return {name: value for name, value in tree.items() if name not in ("device", "tracking", "report", "seed")}
 
 

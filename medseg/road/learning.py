@@ -126,23 +126,27 @@ def train(
 def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str | None = None) -> Result:
     """Train the encoder of a config on the cohort's training images without their labels, as a run of its own.
 
+    With `train.fold` these are the training images of that fold: what measures it is not looked at.
+
     Args:
         resume: id of the run to go on with.
 
     Raises:
         UserError: the config to resume with differs from the run's, or cannot be pretrained.
     """
+    from medseg.folds import as_trained, fold_facts
     from medseg.tracking import track
     from medseg.train import pretrain as step
     from medseg.train.planning import make_plan
 
-    cohort = read_cohort(cohort_dir)
+    cohort, part = as_trained(config, read_cohort(cohort_dir)), fold_facts(config)
     if resume:
         folder = find_run(workspace, resume)
         _same_config(config, folder)
     else:
-        facts = {"step": "pretrain", "seed": config.seed, "cohort_sha256": cohort.sha256}
-        folder = create_run(workspace, f"pretrain-{config.name}", None, **facts)
+        facts = {"step": "pretrain", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
+        name = f"pretrain-{config.name}" + (f"-fold{part['fold']}" if part else "")
+        folder = create_run(workspace, name, None, **facts)
     lungs = lungs_for(config, folder)
     made = folder.path / "plan.yaml"
     chosen = read_plan(made) if made.is_file() else make_plan(config, cohort, lungs)

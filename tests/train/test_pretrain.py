@@ -12,6 +12,7 @@ from medseg import road
 from medseg.cohort import Cohort, write_cohort
 from medseg.config import Config
 from medseg.files import UserError
+from medseg.folds import _common, _first_difference, as_trained
 from medseg.models.pretrained import load_pretrained
 from medseg.result import Result
 from medseg.runs import find_run, read_run
@@ -55,6 +56,31 @@ def test_a_finished_pretraining_resumed_changes_nothing(pretrained: tuple[Path, 
     before = Path(str(result.paths["weights"])).read_bytes()
     again = road.pretrain(config, cohort.folder, place, resume=result.run_id)
     assert Path(str(again.paths["weights"])).read_bytes() == before
+
+
+def test_what_measures_a_fold_is_not_looked_at(pretrained: tuple[Path, Cohort, Config, Result]) -> None:
+    place, cohort, _, _ = pretrained
+    config = tiny_radiograph_config(*SETTINGS, "train.epochs=1", "train.fold=1", "train.folds=2")
+    result = road.pretrain(config, cohort.folder, place)
+    seen = as_trained(config, cohort).split("train")
+    assert result.figures["cases"] == len(seen) < len(cohort.split("train")) + len(cohort.split("val"))
+    assert read_run(find_run(place, result.run_id))["fold"] == 1
+    assert "pretrain-" in result.run_id
+    assert "-fold1-" in result.run_id
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "field"),
+    [
+        ("a.safetensors", "b.safetensors", ""),
+        ("a.safetensors", "null", "model.weights"),
+        ("a.safetensors", "hub", "model.weights"),
+        ("hub", "hub", ""),
+    ],
+)
+def test_folds_may_start_from_weights_of_their_own(first: str, second: str, field: str) -> None:
+    one, other = (tiny_radiograph_config(f"model.weights={weights}") for weights in (first, second))
+    assert _first_difference(_common(one), _common(other)) == field
 
 
 def test_volumes_and_networks_of_several_parts_are_refused(
