@@ -12,6 +12,7 @@ Shape legend: B batch, C channels, H W rows and columns, h w rows and columns of
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -87,7 +88,7 @@ class SparseMaskedModel(nn.Module):
         decoded: Tensor | None = None
         for step, map_BCHW in enumerate(maps):
             seen = _at(visible_B1hw, map_BCHW)
-            normed = _visible_norm(self.norms[step], map_BCHW, seen, self.training)  # type: ignore[arg-type]
+            normed = _visible_norm(self.norms[step], map_BCHW, seen)  # type: ignore[arg-type]
             skipped = self.skips[step](torch.where(seen > 0, normed, self.tokens[step].to(normed.dtype)))
             decoded = skipped if decoded is None else self.ups[step - 1](decoded) + skipped
         pred: Tensor = self.shuffle(self.out(decoded))
@@ -129,38 +130,74 @@ def _maps(net: nn.Module, x_BCHW: Tensor, visible_B1hw: Tensor) -> list[Tensor]:
 @contextmanager
 def _sparse(net: nn.Module, visible_B1hw: Tensor) -> Iterator[None]:
     """Within the block nothing reaches a hidden position, and batch norms count visible positions alone."""
-    trained = {part: part.training for part in net.modules() if isinstance(part, nn.BatchNorm2d)}
+    norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
 
     def hide(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output * _at(visible_B1hw, output)
+        return output.mul_(_at(visible_B1hw, output))
 
-    def norm(module: nn.BatchNorm2d, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _visible_norm(module, inputs[0], _at(visible_B1hw, output), trained[module])
+    def visible_norm(norm: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
+        return _visible_norm(norm, x_BCHW, _at(visible_B1hw, x_BCHW))
 
-    handles: list[Any] = [part.register_forward_hook(hide) for part in net.modules() if isinstance(part, _SPREADING)]
-    handles += [part.register_forward_hook(norm) for part in trained]
+    handles = [part.register_forward_hook(hide) for part in net.modules() if isinstance(part, _SPREADING)]
     try:
-        for part in trained:
-            part.training = False  # what it computes itself is thrown away, and must not count
+        for norm in norms:
+            norm.forward = partial(visible_norm, norm)  # type: ignore[method-assign]
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for part, was in trained.items():
-            part.training = was
+        for norm in norms:
+            del norm.forward
 
 
-def _visible_norm(norm: nn.BatchNorm2d, x_BCHW: Tensor, seen_B1HW: Tensor, training: bool) -> Tensor:
-    """Batch norm with the statistics of the visible positions; hidden ones come out as 0."""
-    inside_BHW = seen_B1HW[:, 0] > 0
-    x_BHWC = x_BCHW.movedim(1, -1)
-    normed = functional.batch_norm(
-        x_BHWC[inside_BHW], norm.running_mean, norm.running_var, norm.weight, norm.bias,
-        training, norm.momentum or 0.0, norm.eps,
-    )  # fmt: skip
-    filled = normed.new_zeros(x_BHWC.shape)
-    filled[inside_BHW] = normed
-    return filled.movedim(-1, 1)
+def _visible_norm(norm: nn.BatchNorm2d, x_BCHW: Tensor, seen_B1HW: Tensor) -> Tensor:
+    """Batch norm with the statistics of the visible positions; hidden ones, 0 in x, come out as 0."""
+    normed: Tensor = _VisibleNorm.apply(x_BCHW, seen_B1HW, norm.weight, norm.bias, norm)  # type: ignore[no-untyped-call]
+    return normed
+
+
+class _VisibleNorm(torch.autograd.Function):
+    """By dense kernels, since gathering the visible positions and spreading them again costs more than the norm.
+
+    Sums over x, which is 0 where hidden, are sums over what is visible: with a share s of it visible, the visible mean
+    is mean / s and the visible variance var / s - (1 - s) (mean / s)^2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BCHW: Tensor, seen_B1HW: Tensor, weight_C: Tensor, bias_C: Tensor, norm: nn.BatchNorm2d
+    ) -> Tensor:
+        ctx.training, ctx.eps = norm.training, norm.eps
+        mean_C, var_C = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        if norm.training:
+            ctx.visible = float(seen_B1HW.float().sum())
+            share = ctx.visible / seen_B1HW.numel()
+            # running figures, unused here, keep the sums of a bf16 map in fp32
+            dense_mean_C, dense_var_C = torch.batch_norm_update_stats(x_BCHW, mean_C.clone(), var_C.clone(), 0.0)
+            now_C = dense_mean_C / share
+            spread_C = (dense_var_C / share - (1 - share) * now_C.square()).clamp_min(0)
+            mean_C.lerp_(now_C, norm.momentum or 0.0)
+            var_C.lerp_(spread_C * (ctx.visible / max(ctx.visible - 1, 1)), norm.momentum or 0.0)
+            mean_C, var_C = now_C, spread_C
+        ctx.save_for_backward(x_BCHW, seen_B1HW, weight_C, mean_C.clone(), var_C.clone())
+        return _affine(x_BCHW, weight_C, bias_C, mean_C, var_C, norm.eps).mul_(seen_B1HW)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BCHW: Tensor) -> tuple[Tensor | None, ...]:
+        x_BCHW, seen_B1HW, weight_C, mean_C, var_C = ctx.saved_tensors
+        dx, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
+            dy_BCHW * seen_B1HW, x_BCHW, weight_C, mean_C, var_C, None, None, False, ctx.eps, [True, True, True]
+        )
+        if ctx.training:  # mean and variance move with x: what the error has of 1 and of the normed x is taken out
+            scale_C = weight_C / (var_C + ctx.eps).sqrt() / ctx.visible
+            common = _affine(x_BCHW, scale_C * dweight_C, scale_C * dbias_C, mean_C, var_C, ctx.eps)
+            dx -= common.mul_(seen_B1HW)
+        return dx, None, dweight_C, dbias_C, None
+
+
+def _affine(x: Tensor, weight_C: Tensor, bias_C: Tensor, mean_C: Tensor, var_C: Tensor, eps: float) -> Tensor:
+    """x less the mean, over the deviation, times the weight, plus the bias."""
+    return torch.native_batch_norm(x, weight_C, bias_C, mean_C, var_C, False, 0.0, eps)[0]
 
 
 def _at(visible_B1hw: Tensor, map_BCHW: Tensor) -> Tensor:

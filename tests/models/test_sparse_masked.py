@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from medseg.files import UserError
 from medseg.models import build_model
-from medseg.models.sparse_masked import SparseMaskedModel, _maps, _patches
+from medseg.models.sparse_masked import SparseMaskedModel, _maps, _patches, _visible_norm
 
 
 def _network() -> nn.Module:
@@ -132,3 +132,29 @@ def test_it_learns_to_fill_in_a_pattern() -> None:
 def test_an_image_that_the_maps_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"plan\.size_px 60.*multiple of 32"):
         SparseMaskedModel(_network(), 1, (60, 60), 0.5, 32)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_norm_of_visible_positions_and_its_gradients_are_those_of_gathering_them(training: bool) -> None:
+    torch.manual_seed(0)
+    seen = torch.nn.functional.interpolate(_model().draw(3), scale_factor=2)
+    x = ((3 * torch.randn(3, 5, 8, 8) + 2) * seen).double().requires_grad_()
+    upstream = torch.randn(3, 5, 8, 8).double()
+    norms = [nn.BatchNorm2d(5, momentum=0.3).double().train(training) for _ in range(2)]
+    for norm in norms:
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(-1, 2, 5))
+            norm.bias.copy_(torch.linspace(1, -1, 5))
+            norm.get_buffer("running_mean").fill_(0.5)
+    inside = seen[:, 0] > 0
+    gathered = torch.zeros(3, 8, 8, 5).double()
+    gathered[inside] = norms[0](x.movedim(1, -1)[inside][:, :, None, None])[:, :, 0, 0]
+    found = [gathered.movedim(-1, 1), _visible_norm(norms[1], x, seen.double())]
+    assert torch.allclose(found[0], found[1], atol=1e-12)
+    grads = [
+        torch.autograd.grad(y, (x, norm.weight, norm.bias), upstream) for y, norm in zip(found, norms, strict=True)
+    ]
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+    for buffer in ("running_mean", "running_var"):
+        assert torch.allclose(norms[0].get_buffer(buffer), norms[1].get_buffer(buffer), atol=1e-12)
