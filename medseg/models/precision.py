@@ -16,6 +16,12 @@ def use_bf16(wanted: Precision, device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def autocast(wanted: Precision, device: torch.device) -> torch.autocast:
-    """The block in which networks compute as is wanted, whatever holds around it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(wanted, device))
+def autocast(wanted: Precision, device: torch.device, *, one_image: bool = False) -> torch.autocast:
+    """The block in which networks compute as is wanted, whatever holds around it.
+
+    Args:
+        one_image: all that the network gets is one image of a classifier; there `auto` keeps fp32, for bf16 saves
+            nothing.
+    """
+    chosen: Precision = "fp32" if one_image and wanted == "auto" else wanted
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(chosen, device))

@@ -243,8 +243,7 @@ class Predictor:
     @torch.inference_mode()
     def _classify(self, prepared: Prepared) -> dict[str, float]:
         image = torch.from_numpy(prepared.image)[None].to(self.device)
-        wanted = self.bundle.config.predict.precision
-        with autocast("fp32" if wanted == "auto" else wanted, self.device):  # of one image it saves nothing
+        with autocast(self.bundle.config.predict.precision, self.device, one_image=True):
             logits = class_logits(self.net, image, self.bundle.config.predict.mirror_axes)[0] / self.bundle.temperature
         if not torch.isfinite(logits).all():
             raise ValueError("the network's logits are not finite; its weights or the image are damaged")

@@ -13,6 +13,7 @@ from medseg.data.cache import Example, release
 from medseg.data.preprocess import normalised_limit
 from medseg.feature_distance import CohortDistance, fit_distance
 from medseg.models.features import mean_features
+from medseg.models.precision import autocast
 from medseg.models.sliding import averaged, class_logits, cut_window, even_windows, fast_batch, window_starts
 from medseg.plan import Plan
 from medseg.progress import tracked
@@ -54,7 +55,8 @@ def _case_features(
     image = torch.from_numpy(np.array(example.image))
     release(example.image)
     classifies = example.label is None
-    with mean_features(net, classifies=classifies) as (features,):
+    computing = autocast(config.precision, device, one_image=classifies)
+    with mean_features(net, classifies=classifies) as (features,), computing:
         if classifies:
             class_logits(net, image[None].to(device), config.mirror_axes)
             return features.mean()

@@ -20,6 +20,7 @@ from medseg.images import write_nifti
 from medseg.ledger import read_ledger
 from medseg.models import build_from_config
 from medseg.models.features import _mean_and_deviation, mean_features
+from medseg.models.precision import Precision, autocast
 from medseg.plan import Plan
 from medseg.predict import Predictor, segment_array, step
 from medseg.report import step as report_step
@@ -65,15 +66,19 @@ def examples(draw: Draw, count: int, seed: int, grid: Plan) -> list[Example]:
     return found
 
 
-def bundle(folder: Path, kind: str) -> Bundle:
+def bundle(folder: Path, kind: str, precision: str = "auto") -> Bundle:
     """A network as it was drawn, with the distance from forty training and sixteen unseen heads."""
     grid = plan() if kind == "segmentation" else plan(spatial_dims=2, patch_size=(32, 32), size_px=(32, 32))
-    settings = config(model={"name": "unet", "channels": [8, 16], "strides": [2]}, predict={"mirror_axes": [1]})
+    settings = config(
+        model={"name": "unet", "channels": [8, 16], "strides": [2]},
+        predict={"mirror_axes": [1], "precision": precision},
+    )
     if kind != "segmentation":
         task = {"kind": "classification", "labels": {"a": 0, "b": 1, "c": 2}, "spatial_dims": 2}
         loss = "binary_cross_entropy" if kind == "multi_label" else "cross_entropy"
         task["multi_label"] = kind == "multi_label"
-        settings = config(task=task, model={**DENSENET, "init_features": 16}, loss={"name": loss})
+        computing = {"precision": precision}
+        settings = config(task=task, model={**DENSENET, "init_features": 16}, loss={"name": loss}, predict=computing)
     torch.manual_seed(1)
     task_of = settings.task
     net = build_from_config(
@@ -99,11 +104,13 @@ def segmenting(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return bundle(tmp_path_factory.mktemp("bundle") / "b", "segmentation")
 
 
-def distance_of(predictor: Predictor, image: NDArray[np.float32]) -> float:
-    """As `predict` measures it, of an image on the network's grid."""
+def distance_of(predictor: Predictor, image: NDArray[np.float32], precision: Precision | None = None) -> float:
+    """As `predict` measures it, of an image on the network's grid, in the precision of the bundle or in another."""
     made = predictor.bundle
-    with predictor._measuring() as measured, torch.inference_mode():
-        if made.config.task.kind == "classification":
+    classifies = made.config.task.kind == "classification"
+    computing = autocast(precision or made.config.predict.precision, predictor.device, one_image=classifies)
+    with predictor._measuring() as measured, torch.inference_mode(), computing:
+        if classifies:
             predictor.net(torch.from_numpy(image)[None])
         else:
             segment_array(predictor.net, image, made.plan.patch_size, 0.5, mirror_axes=(1,))
@@ -124,9 +131,23 @@ def test_cases_like_the_cohort_are_not_flagged_and_others_are(kind: str, tmp_pat
         assert sum(beyond) <= 1 if not flagged else all(beyond), draw.__name__
 
 
+@pytest.mark.parametrize("kind", ["segmentation", "classification"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_measures_in_the_precision_of_prediction(kind: str, precision: Precision, tmp_path: Path) -> None:
+    made = bundle(tmp_path / "b", kind, precision)
+    assert made.distance is not None
+    predictor, wanted, unseen = Predictor(made), made.distance.members[0].held_out, examples(head, 16, 2, made.plan)
+    other: Precision = "bf16" if precision == "fp32" else "fp32"
+    off = [
+        [abs(distance_of(predictor, case.image, computing) - one) for case, one in zip(unseen, wanted, strict=True)]
+        for computing in (precision, other)
+    ]
+    assert max(off[0]) < 1e-3 < max(off[1])
+
+
 def test_the_distance_does_not_change_with_the_order_of_windows_or_their_batches(segmenting: Bundle) -> None:
     predictor, (case,) = Predictor(segmenting), examples(head, 1, 5, segmenting.plan)
-    wanted = distance_of(predictor, case.image)
+    wanted = distance_of(predictor, case.image, "fp32")
     for window_batch in (2, 3):
         with predictor._measuring() as measured:
             segment_array(predictor.net, case.image, (16, 16, 16), 0.5, window_batch=window_batch, mirror_axes=(1,))
