@@ -168,18 +168,18 @@ class _VisibleNorm(torch.autograd.Function):
         ctx: Any, x_BCHW: Tensor, seen_B1HW: Tensor, weight_C: Tensor, bias_C: Tensor, norm: nn.BatchNorm2d
     ) -> Tensor:
         ctx.training, ctx.eps = norm.training, norm.eps
-        mean_C, var_C = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        running_mean_C, running_var_C = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        mean_C, var_C = running_mean_C.clone(), running_var_C.clone()
         if norm.training:
             ctx.visible = float(seen_B1HW.float().sum())
             share = ctx.visible / seen_B1HW.numel()
-            # running figures, unused here, keep the sums of a bf16 map in fp32
-            dense_mean_C, dense_var_C = torch.batch_norm_update_stats(x_BCHW, mean_C.clone(), var_C.clone(), 0.0)
-            now_C = dense_mean_C / share
-            spread_C = (dense_var_C / share - (1 - share) * now_C.square()).clamp_min(0)
-            mean_C.lerp_(now_C, norm.momentum or 0.0)
-            var_C.lerp_(spread_C * (ctx.visible / max(ctx.visible - 1, 1)), norm.momentum or 0.0)
-            mean_C, var_C = now_C, spread_C
-        ctx.save_for_backward(x_BCHW, seen_B1HW, weight_C, mean_C.clone(), var_C.clone())
+            # running statistics, left as they are by a momentum of 0, keep the sums of a bf16 map in fp32
+            dense_mean_C, dense_var_C = torch.batch_norm_update_stats(x_BCHW, mean_C, var_C, 0.0)
+            mean_C = dense_mean_C / share
+            var_C = (dense_var_C / share - (1 - share) * mean_C.square()).clamp_min(0)
+            running_mean_C.lerp_(mean_C, norm.momentum or 0.0)
+            running_var_C.lerp_(var_C * (ctx.visible / max(ctx.visible - 1, 1)), norm.momentum or 0.0)
+        ctx.save_for_backward(x_BCHW, seen_B1HW, weight_C, mean_C, var_C)
         return _affine(x_BCHW, weight_C, bias_C, mean_C, var_C, norm.eps).mul_(seen_B1HW)
 
     @staticmethod

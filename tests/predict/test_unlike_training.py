@@ -66,7 +66,7 @@ def examples(draw: Draw, count: int, seed: int, grid: Plan) -> list[Example]:
     return found
 
 
-def bundle(folder: Path, kind: str, precision: str = "auto") -> Bundle:
+def bundle(folder: Path, kind: str, precision: Precision = "auto") -> Bundle:
     """A network as it was drawn, with the distance from forty training and sixteen unseen heads."""
     grid = plan() if kind == "segmentation" else plan(spatial_dims=2, patch_size=(32, 32), size_px=(32, 32))
     settings = config(
