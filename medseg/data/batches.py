@@ -3,6 +3,7 @@
 So a batch can be made again at any time from two integers, and a resumed run sees what the uninterrupted one would.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class BatchSource:
         examples: the training cases.
         patch_size: voxels per axis of a patch.
         batch_size: items per batch.
-        foreground_share: share of patches centred on a labelled voxel (classes equally often).
+        foreground_share: share of patches centred on a labelled voxel, of a class drawn among those of the case with
+            odds of 1 / the number of cases that have it, so that what few cases have is not seen in few patches only.
         prior_classes: background and labels of the prior that the network takes; 0 for one that takes none.
         device: where batches are augmented, and lie then.
     """
@@ -76,6 +78,8 @@ class BatchSource:
         self.examples, self.patch_size, self.batch_size = examples, patch_size, batch_size
         self.prior_classes = prior_classes
         self.config, self.foreground_share, self.seed = config, foreground_share, seed
+        having = Counter(label for example in examples for label in _present(example))
+        self._odds = {label: 1 / cases for label, cases in having.items()}
         self._classes = 1 + max((e.target for e in examples if isinstance(e.target, int)), default=-1)
 
     @property
@@ -156,13 +160,20 @@ class BatchSource:
     def _draw_centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
         example = self.examples[index]
         shape = example.image.shape[1:]
-        classes = [points for points in example.points if len(points)]
-        if classes and rng.random() < self.foreground_share:
-            points = classes[rng.integers(len(classes))]
+        present = _present(example)
+        if present and rng.random() < self.foreground_share:
+            odds = np.array([self._odds[label] for label in present])
+            label = present[0] if len(present) == 1 else rng.choice(present, p=odds / odds.sum())
+            points = example.points[label]
             centre = points[rng.integers(len(points))]
         else:
             centre = np.array([rng.integers(n) for n in shape])
         return tuple(_clamp(int(c), n, p) for c, n, p in zip(centre, shape, self.patch_size, strict=True))
+
+
+def _present(example: Example) -> list[int]:
+    """Places in `points` of the labels that this case has."""
+    return [label for label, points in enumerate(example.points) if len(points)]
 
 
 def annotated_classes(examples: Sequence[Example]) -> Tensor | None:

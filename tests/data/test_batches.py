@@ -59,6 +59,23 @@ def test_foreground_share_of_one_always_hits_the_label() -> None:
     assert all(batch.target.amax(dim=(1, 2, 3, 4)).min() == 1 for batch in source.stream(0, 8))
 
 
+def test_a_class_that_few_cases_have_is_centred_on_more_often() -> None:
+    """Label 3 is in one case of six. Drawn evenly within a case, it would get a sixth of a third of the patches."""
+    examples = []
+    for number, example in enumerate(_examples(6)):
+        labels = [1, 2, 3] if number == 0 else [1, 2]
+        points = tuple(
+            np.array([[4, 4, place]] if place + 1 in labels else [], np.int32).reshape(-1, 3) for place in range(3)
+        )
+        examples.append(replace(example, points=points))
+    source = BatchSource(examples, (1, 1, 1), 6, STILL, foreground_share=1.0, seed=0)
+    centres = [item.centre[2] for step in range(500) for item in source.draw(step)]
+    shares = np.bincount(centres, minlength=3) / len(centres)
+    # the case with all three draws the third with odds of 1 against 1/6 and 1/6
+    assert shares == pytest.approx([(5 / 2 + 1 / 8) / 6, (5 / 2 + 1 / 8) / 6, 3 / 4 / 6], abs=0.025)
+    assert shares[2] > 2 / 18
+
+
 def test_a_batch_says_of_which_classes_its_labels_tell() -> None:
     whole = _examples(4)
     assert all(batch.annotated is None for batch in _source(whole).stream(0, 4))
