@@ -158,6 +158,12 @@ def test_json_names_status_paths_and_figures_and_nothing_empty(road: dict[str, E
     assert {"mean_dice", "dice_anterior", "dice_posterior"} <= set(road["evaluate"].json["figures"])
 
 
+def test_the_seconds_of_an_evaluation_are_those_of_its_predictions_too(road: dict[str, Ended]) -> None:
+    ended = road["evaluate"].json
+    comparing = json.loads((Path(ended["paths"]["metrics"]).parent / "evaluate.json").read_text())["figures"]["seconds"]
+    assert ended["figures"]["seconds"] > comparing + 0.5
+
+
 def test_no_traceback_and_no_library_chatter_on_stderr(road: dict[str, Ended]) -> None:
     for name, ended in road.items():
         assert "Traceback" not in ended.err, name

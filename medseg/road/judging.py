@@ -1,5 +1,6 @@
 """What a trained model is worth: evaluate, audit, report."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,9 @@ def evaluate(
     Args:
         lesions: folder of `<case_id>.png` masks: the share of each activation map inside them is reported.
         audit: also run the audit of a classifier. overrides: its settings, `audit.field=value`.
+
+    Returns:
+        The figures of the comparison; `seconds` are those of all of it, prediction and maps included.
     """
     if overrides and not audit:
         raise UserError(f"--set {overrides[0]!r}: only an audit takes settings; add --audit, or leave it out.")
@@ -40,6 +44,7 @@ def evaluate(
     from medseg.report import step as report_step
     from medseg.tracking import track
 
+    started = time.monotonic()
     bundle = load_bundle(model, workspace)
     config = bundle.config
     cohort = _unseen(bundle, cohort_dir, split)
@@ -64,7 +69,7 @@ def evaluate(
         _log_evaluation(tracker, result, page, out, split)
     partial = "partial" in (predicted.status, result.status)
     paths = {**result.paths, **audited.paths, "report": page.paths["report"], "run": folder.path}
-    figures = {**audited.figures, **result.figures}
+    figures = {**audited.figures, **result.figures, "seconds": round(time.monotonic() - started, 1)}
     return Result("evaluate", "partial" if partial else "done", paths, figures, folder.id, rows=audited.rows)
 
 
