@@ -172,6 +172,7 @@ def _without(cohort: Cohort, site: str) -> Cohort:
 
 def _train_without(bundle: Bundle, cohort: Cohort, site: str, epochs: int | None, workspace: Path) -> Bundle:
     from medseg.train import step as train_step
+    from medseg.train.cohort_check import check_cohort
     from medseg.train.reference import with_appearance
 
     config = bundle.config
@@ -183,7 +184,7 @@ def _train_without(bundle: Bundle, cohort: Cohort, site: str, epochs: int | None
     run_id = f"without-{slug}-{recipe}"
     if (workspace / "runs" / run_id / "bundle" / "bundle.json").is_file():
         return load_bundle(run_id, workspace)
-    train_step.check_cohort(config, cohort)
+    check_cohort(config, cohort)
     begun = (workspace / "runs" / run_id / "run.json").is_file()
     facts = {"step": "audit", "seed": config.seed, "cohort_sha256": cohort.sha256, "bundle_sha256": bundle.sha256}
     folder = find_run(workspace, run_id) if begun else create_run(workspace, f"without-{slug}", run_id, **facts)

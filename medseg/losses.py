@@ -189,3 +189,19 @@ def build_loss(config: LossConfig, class_counts: Sequence[int] = (), cases: int 
     """Build the configured loss. `class_counts`: of the `cases` in the training split those with each class or label
     (classification)."""
     return LOSSES[config.name](config, class_counts, cases)
+
+
+def guessing_loss(config: LossConfig, class_counts: Sequence[int], cases: int) -> float | None:
+    """The loss of a classifier that looks at no image and says for each the share of every class, weighted as the loss
+    weighs them; None for segmentation. Without label smoothing no constant answer has a smaller one."""
+    if isinstance(config, DiceCEConfig):
+        return None
+    loss, counts = build_loss(config, class_counts, cases), torch.tensor(class_counts, dtype=torch.float32)
+    if isinstance(loss, MultiLabelLoss):
+        weight = loss.get_buffer("pos_weight_K") if loss.pos_weight_K is not None else torch.ones_like(counts)
+        odds_K = weight * counts / (cases - counts)
+        present_NK = torch.arange(cases)[:, None] < counts
+        return float(loss(odds_K.log().expand(cases, -1), present_NK))
+    weight = loss.get_buffer("weight_K") if loss.weight_K is not None else torch.ones_like(counts)
+    targets_N = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
+    return float(loss((weight * counts).log().expand(len(targets_N), -1), targets_N))

@@ -5,6 +5,7 @@ from typing import Any
 
 from medseg.config import Config
 from medseg.plan import Plan
+from medseg.unlearned import not_learned
 from medseg.verdict import Verdict
 
 
@@ -50,6 +51,7 @@ def model_card(facts: Mapping[str, Any], config: Config, plan: Plan, verdict: Ve
             *_retest(facts),
             "## Limits",
             "",
+            *(f"{sentence[0].upper()}{sentence[1:]}" for sentence in not_learned(facts["metrics"])),
             "Not tested on other scanners, protocols, ages or diseases than those of its cohort. Probabilities are "
             f"{'calibrated' if facts['calibration'] else 'not calibrated'}.",
             *_distance_lines(facts.get("feature_distance")),

@@ -18,7 +18,7 @@ from medseg.label_sets import call_labels, read_set, write_set
 from medseg.predict.pyfunc import PathModel
 from medseg.result import Result
 from medseg.splits import assign_folds, assign_splits
-from medseg.train.step import check_cohort
+from medseg.train.cohort_check import check_cohort
 
 LABELS = {"lower": 0, "upper": 1}
 TASK = "task={kind: classification, multi_label: true, labels: {lower: 0, upper: 1}, spatial_dims: 2}"

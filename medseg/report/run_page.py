@@ -13,6 +13,7 @@ from medseg.report.audit_section import show_audits, show_verdict
 from medseg.report.charts import training_curves
 from medseg.report.results import Budget, show_split
 from medseg.report.sources import read_history, read_list, read_mapping, read_yaml, simulated_cohort, without_folders
+from medseg.unlearned import not_learned
 
 SPLIT_ORDER = ("test", "val", "train")
 
@@ -38,6 +39,7 @@ def build(config: ReportConfig, folder: Path) -> page.Page:
         evaluable=about.get("step") != "predict",
         purpose=_purpose(settings),
         simulated=_is_simulated(settings, folder),
+        unlearned=not_learned(bundle.get("metrics") or {}),
         splits=splits,
         verdict=show_verdict(folder / "bundle" / "verdict.json"),
         audits=show_audits(folder),

@@ -89,6 +89,7 @@ def train(
     from medseg.folds import as_trained, fold_facts, measure_fold
     from medseg.tracking import track
     from medseg.train import step
+    from medseg.train.cohort_check import check_cohort
 
     cohort, part = as_trained(config, read_cohort(cohort_dir)), fold_facts(config)
     if resume:
@@ -97,7 +98,7 @@ def train(
             config = step.with_plan(config, _read_plan(config, cohort, folder))
         _same_config(config, folder)
     else:
-        step.check_cohort(config, cohort)
+        check_cohort(config, cohort)
         if config.lungs is not None and config.lungs.model:
             load_lung_model(config.lungs.model, workspace, "lungs.model")  # a wrong name is told before there is a run
         facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}

@@ -21,13 +21,13 @@ from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.train import probe
 from medseg.train.budget import Choice, Chooser
+from medseg.train.cohort_check import check_cohort
 from medseg.train.device import choose_device, device_name, free_memory_gb
 from medseg.train.draft import Draft, draft_plan
 from medseg.train.fingerprint import canonical_grids
 from medseg.train.memory_law import Candidate, Measure, Measured, TooLarge
 from medseg.train.pooling import divisors_of
 from medseg.train.reference import with_appearance
-from medseg.train.step import check_cohort
 
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.8  # of the free memory, where no budget is given
 _MODES = ("store", "checkpoint", "reversible")  # fastest first

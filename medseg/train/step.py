@@ -3,22 +3,20 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from medseg.bundle import Bundle
 from medseg.bundle_writing import save_bundle
-from medseg.cohort import Case, Cohort
-from medseg.config import Config, TaskConfig, dump_config
+from medseg.cohort import Cohort
+from medseg.config import Config, dump_config
 from medseg.data.batches import BatchSource
 from medseg.data.cache import Example, load_examples
 from medseg.data.lung_view import LungView
 from medseg.feature_distance import CohortDistance
-from medseg.files import UserError, read_json, write_json, write_text
-from medseg.label_sets import read_set
-from medseg.losses import build_loss
+from medseg.files import UserError, write_json, write_text
+from medseg.losses import build_loss, guessing_loss
 from medseg.models import build_from_config
 from medseg.models.layout import placed
 from medseg.models.pretrained import load_pretrained
@@ -27,6 +25,7 @@ from medseg.result import Result
 from medseg.runs import RunFolder
 from medseg.tracking import Tracker
 from medseg.train.adversary import make_adversary
+from medseg.train.cohort_check import check_cohort
 from medseg.train.device import check_compiler, choose_device, device_name, peak_memory_gb, reset_peak_memory, use_bf16
 from medseg.train.distance import fit_cohort_distance
 from medseg.train.history import log_epoch
@@ -35,6 +34,7 @@ from medseg.train.pooling import completed
 from medseg.train.stopping import stop_between_steps
 from medseg.train.temperature import calibrate_voxels
 from medseg.train.validate import validate
+from medseg.unlearned import not_learned
 
 _MEMORY_TOLERANCE = 0.10
 
@@ -125,7 +125,11 @@ def run(
     distance = fit_cohort_distance(
         training.average, train_examples, val_examples, plan, config.predict, device, most_cases=most
     )
-    return _finish(config, cohort, plan, folder, training, memory, calibration, distance, model)
+    guessing = guessing_loss(config.loss, _class_counts(config, train_examples), len(train_examples))
+    metrics = {name: value for name, value in training.history[-1].items() if name.startswith(("val_", "train_"))}
+    metrics |= {} if guessing is None else {"guessing_loss": guessing}
+    _warn(not_learned(metrics), tracker)
+    return _finish(config, cohort, plan, folder, training, metrics, memory, calibration, distance, model)
 
 
 def with_plan(config: Config, plan: Plan) -> Config:
@@ -174,78 +178,6 @@ def assemble(
     return training, source, loss
 
 
-def check_cohort(config: Config, cohort: Cohort) -> None:
-    """The cohort fits the task: channels, label names, and every class in the training split.
-
-    Raises:
-        UserError: naming the field, the case or the split that does not fit.
-    """
-    task = config.task
-    where = cohort.folder / "cohort.json"
-    if tuple(cohort.channels) != task.channels:
-        raise UserError(f"task.channels {list(task.channels)} differ from {where}'s {list(cohort.channels)}.")
-    if not _labels_fit(task, cohort):
-        raise UserError(f"task.labels {task.labels} differ from {where}'s {dict(cohort.label_names)}; ingest it again.")
-    for split in ("train", "val"):
-        cases = [case for case in cohort.cases if case.split == split]
-        if split == "train" and not cases:
-            cohort.split("train")
-        bare = [case.case_id for case in cases if not (case.label if task.kind == "segmentation" else case.target)]
-        if bare:
-            raise UserError(
-                f"{cohort.folder / 'cohort.csv'}: case {bare[0]!r} of split {split!r} has no label "
-                f"({len(bare)} such); ingest with --labels."
-            )
-        if task.kind == "classification" and cases:
-            _check_classes(cohort.folder / "cohort.csv", split, cases, task)
-        if config.lungs is not None and config.lungs.mask != "none" and not config.lungs.model:
-            _check_masks(cohort.folder / "cohort.csv", split, cases)
-
-
-def _labels_fit(task: TaskConfig, cohort: Cohort) -> bool:
-    """Names and values agree; where ingest guessed the names of a label map's values, the values are enough."""
-    names = dict(cohort.label_names)
-    if names == task.labels:
-        return True
-    if task.kind != "segmentation" or set(names.values()) != set(task.labels.values()):
-        return False
-    if any(task.labels.get(name, value) != value for name, value in names.items()):
-        return False  # one name for two things: no guess, an exchange
-    return bool(read_json(cohort.folder / "cohort.json")["provenance"].get("task") == "guessed")
-
-
-def _check_classes(table: Path, split: str, cases: Sequence[Case], task: TaskConfig) -> None:
-    """Every class or label is known and occurs, and no label is present in all cases: nothing would tell it apart."""
-    found = [read_set(case.target) if task.multi_label else (case.target,) for case in cases]
-    for case, names in zip(cases, found, strict=True):
-        if not set(names) <= task.labels.keys():
-            raise UserError(
-                f"{table}: case {case.case_id!r} has the target {case.target!r}, which does not fit task.labels "
-                f"({', '.join(task.labels)}) with task.multi_label {str(task.multi_label).lower()}; "
-                "change the task, or ingest again."
-            )
-    for label in task.labels:
-        count = sum(label in names for names in found)
-        if count == 0:
-            raise UserError(
-                f"{table}: class {label!r} is missing from split {split!r} "
-                f"({len(cases)} cases); change ingest.split or add cases of it."
-            )
-        if task.multi_label and count == len(cases):
-            raise UserError(
-                f"{table}: label {label!r} is present in every case of split {split!r} "
-                f"({len(cases)} cases); change ingest.split or add cases without it."
-            )
-
-
-def _check_masks(table: Path, split: str, cases: Sequence[Case]) -> None:
-    if bare := [case.case_id for case in cases if not case.label]:
-        raise UserError(
-            f"{table}: case {bare[0]!r} of split {split!r} has no lung mask ({len(bare)} such); leave it out, "
-            "or name lungs.model."
-        )
-
-
 def _set_pretrained(net: torch.nn.Module, config: Config, folder: RunFolder, tracker: Tracker) -> None:
     """Start from the weights that the config names, and record in `pretrained.json` what they were: of a network of
     networks, by the part that they are of."""
@@ -291,19 +223,26 @@ def _hold_contract(plan: Plan, device: torch.device, tracker: Tracker, step: int
     return figures
 
 
+def _warn(sentences: Sequence[str], tracker: Tracker) -> None:
+    """Say what was not learned, and tag the run with it."""
+    for sentence in sentences:
+        print(f"Warning: {sentence}", file=sys.stderr)
+    if sentences:
+        tracker.set_tag("medseg.not_learned", " ".join(sentences))
+
+
 def _finish(
     config: Config,
     cohort: Cohort,
     plan: Plan,
     folder: RunFolder,
     training: Training,
+    metrics: dict[str, float],
     memory: dict[str, float],
     calibration: dict[str, float] | None,
     distance: CohortDistance | None,
     lungs: Bundle | None,
 ) -> Result:
-    last = training.history[-1]
-    metrics = {name: value for name, value in last.items() if name.startswith(("val_", "train_"))}
     bundle = save_bundle(
         folder.path / "bundle",
         state_dict={name: value.detach().cpu() for name, value in training.average.state_dict().items()},

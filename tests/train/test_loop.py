@@ -19,10 +19,10 @@ from medseg.models import build_from_config
 from medseg.plan import Plan
 from medseg.train import loop
 from medseg.train.checkpoints import load_checkpoint, save_checkpoint
+from medseg.train.cohort_check import check_cohort
 from medseg.train.loop import Training, resume_training, start_training, train_loop
 from medseg.train.planning import make_plan
 from medseg.train.schedule import learning_rate
-from medseg.train.step import check_cohort
 from medseg.train.validate import validate
 
 CPU = torch.device("cpu")
