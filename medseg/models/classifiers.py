@@ -76,7 +76,11 @@ def build_vgg(config: VGGConfig, spatial_dims: int, in_channels: int, out_channe
 
 
 def build_inception_v3(config: InceptionConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """Inception v3 classifier with one output in training too: the auxiliary head is left out."""
+    """Inception v3 classifier with one output in training too: the auxiliary head is left out.
+
+    torchvision draws the last layer's weights with a deviation of 0.1, so that logits of 2,048 features begin at ±2;
+    they are drawn anew, as those of the other networks.
+    """
     net = _torchvision(config.name).inception_v3(
         num_classes=out_channels,
         aux_logits=False,
@@ -84,6 +88,7 @@ def build_inception_v3(config: InceptionConfig, spatial_dims: int, in_channels: 
         init_weights=True,
         dropout=config.dropout,
     )
+    net.fc.reset_parameters()
     return _for_channels(net, in_channels)
 
 

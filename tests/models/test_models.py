@@ -150,8 +150,9 @@ def test_features_of_an_image_are_the_mean_over_its_passes(name: str, dims: int)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert np.isfinite(found[0]).all()
     assert not np.allclose(found[0], found[1])
+    mean = (found[0] + found[1]) / 2
     for both in found[2:]:
-        np.testing.assert_allclose(both, (found[0] + found[1]) / 2, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(both, mean, rtol=1e-3, atol=1e-4 + 1e-5 * np.abs(mean).max())
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
