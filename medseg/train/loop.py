@@ -46,6 +46,13 @@ class Training:
     history: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "wait_s": 0.0, "seconds": 0.0})
 
+    @property
+    def kept(self) -> dict[str, float]:
+        """The row of the epoch whose averaged weights are kept: the best one where it is looked for, else the last."""
+        if self.best_state is None:
+            return self.history[-1]
+        return next(row for row in self.history if row.get("val_score") == self.best_score)
+
     def state(self) -> dict[str, Any]:
         """The whole state as tensors and plain values."""
         return {

@@ -126,7 +126,7 @@ def run(
         training.average, train_examples, val_examples, plan, config.predict, device, most_cases=most
     )
     guessing = guessing_loss(config.loss, _class_counts(config, train_examples), len(train_examples))
-    metrics = {name: value for name, value in training.history[-1].items() if name.startswith(("val_", "train_"))}
+    metrics = {name: value for name, value in training.kept.items() if name.startswith(("val_", "train_"))}
     metrics |= {} if guessing is None else {"guessing_loss": guessing}
     _warn(not_learned(metrics), tracker)
     return _finish(config, cohort, plan, folder, training, metrics, memory, calibration, distance, model)

@@ -69,6 +69,22 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     return segmentation_cohort(tmp_path_factory.mktemp("boxes"))
 
 
+def test_the_figures_kept_are_those_of_the_weights_kept(boxes: Cohort, tmp_path: Path) -> None:
+    """A training that jumps about, so that the best epoch is not the last."""
+    config = tiny_config("train.epochs=6", "train.learning_rate=0.05", "train.ema_decay=0.1", "train.select=best")
+    plan = make_plan(config, boxes)
+    training = _train(config, boxes, tmp_path)
+    held = load_examples(boxes, boxes.split("val"), plan, tmp_path / "cache")
+    assert training.best_state is not None
+    training.average.load_state_dict(training.best_state)
+    loss = build_loss(config.loss)
+    again = validate(training.average, loss, held, plan, config.task.labels, device=CPU, bf16=False)
+    assert training.kept["val_score"] == max(row["val_score"] for row in training.history) == again["val_score"]
+    assert training.kept["val_loss"] == again["val_loss"]
+    assert training.kept["epoch"] < 6, "the last epoch was the best: nothing is shown"
+    assert _train(tiny_config("train.epochs=2"), boxes, tmp_path / "last").kept["epoch"] == 2
+
+
 def test_a_small_network_learns_the_boxes(boxes: Cohort, tmp_path: Path) -> None:
     config = tiny_config(
         "train.epochs=40", "train.learning_rate=0.02", "train.ema_decay=0.9", "augment={probability: 0}"
