@@ -6,11 +6,15 @@ from typing import Any
 
 from medseg.bundle import Bundle, load_bundle
 from medseg.config import ReportConfig
+from medseg.evaluate.outcomes import Outcome, read_outcomes
+from medseg.evaluate.paired import differences
 from medseg.files import UserError, read_json, write_json
+from medseg.folds import EVALUATED
 from medseg.report import comparison_page
 from medseg.report import step as report_step
 from medseg.result import Result
 from medseg.runs import find_run
+from medseg.unlearned import not_learned
 
 SCHEMA_VERSION = 1
 FOLDS = "folds"
@@ -39,6 +43,8 @@ NETWORKS: Mapping[str, Sequence[str]] = {
 def run(models: Sequence[str], workspace: Path, out: Path, *, split: str = "test") -> Result:
     """Put what models measured side by side, as `out/comparison.json` and a page.
 
+    Beside its figures a model has its differences to the first one of its task and cohort, on the cases of both.
+
     Args:
         models: run ids, or bundles whose runs are in the workspace; each evaluated on `split`.
         split: `train`, `val` or `test`; or `folds`, for what joined folds measured on cases that they had not seen.
@@ -48,25 +54,30 @@ def run(models: Sequence[str], workspace: Path, out: Path, *, split: str = "test
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder.")
-    lines = [_line(load_bundle(model, workspace), workspace, split) for model in models]
+    bundles = [load_bundle(model, workspace) for model in models]
+    lines = [_line(bundle, workspace, split) for bundle in bundles]
+    _hold_against_the_first(lines, bundles, workspace, split)
     path = write_json(out / comparison_page.FILE, {"schema_version": SCHEMA_VERSION, "split": split, "models": lines})
     page = report_step.run(ReportConfig(), out)
-    rows = [_row(line) for line in lines]
+    paired = any("against" in line for line in lines)
+    rows = [_row(line, paired) for line in lines]
     return Result("models", "done", {"comparison": path, **page.paths}, {"models": len(lines)}, rows=rows)
 
 
 def _line(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
     config, lungs = bundle.config, bundle.config.lungs
     folder = find_run(workspace, bundle.run_id).path / "evaluation" / split
-    metrics = bundle.evidence.get("cross_validation") if split == FOLDS else _read(folder / "metrics.json")
+    metrics = _metrics(bundle, workspace, split)
     if not metrics:
         remedy = "join its folds" if split == FOLDS else f"run `medseg evaluate {bundle.run_id} --split {split}`"
         raise UserError(f"model {bundle.run_id!r} has no figures of {split!r}; {remedy} first.")
     figures = {name: metrics[name] for name in comparison_page.RATES if name in metrics}
-    if config.task.kind == "segmentation":
+    segments = config.task.kind == "segmentation"
+    if segments:
+        figures["mean_dice"] = {"value": metrics["mean_dice"]}
         for label, found in metrics["classes"].items():
             figures |= {f"{name}_{label}": found[name] for name in comparison_page.OVERLAPS}
-    figures |= _energy(_read(folder / "predictions" / "explanation.json"))
+    figures |= _energy(_read(folder / "predictions" / "explanation.json"), "energy_in_mask" if segments else "energy")
     return {
         "run_id": bundle.run_id,
         "name": config.name,
@@ -77,7 +88,47 @@ def _line(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
         "cohort_sha256": bundle.facts["cohort_sha256"],
         "cases": metrics.get("n_measured", metrics.get("n")),
         "figures": figures,
+        "not_learned": not_learned(bundle.facts.get("metrics") or {}),
     }
+
+
+def _metrics(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
+    if split == FOLDS:
+        return dict(bundle.evidence.get("cross_validation") or {})
+    return _read(find_run(workspace, bundle.run_id).path / "evaluation" / split / "metrics.json")
+
+
+def _hold_against_the_first(
+    lines: Sequence[dict[str, Any]], bundles: Sequence[Bundle], workspace: Path, split: str
+) -> None:
+    """Add `against`, a run id, and `differences` to the lines that have a line of their kind before them."""
+    first: dict[tuple[object, ...], tuple[str, list[Outcome]]] = {}
+    for line, bundle in zip(lines, bundles, strict=True):
+        kind = (line["task"], tuple(bundle.config.task.labels), line["cohort_sha256"])
+        outcomes = _outcomes(bundle, workspace, split)
+        if kind not in first:
+            first[kind] = line["run_id"], outcomes
+            continue
+        run_id, others = first[kind]
+        metrics = _metrics(bundle, workspace, split)
+        positive = metrics.get("positive") if len(metrics.get("classes", ())) == 2 else None
+        if found := differences(others, outcomes, positive=positive):
+            line["against"] = run_id
+            line["differences"] = found
+
+
+def _outcomes(bundle: Bundle, workspace: Path, split: str) -> list[Outcome]:
+    """What is on disk of every case of the split; nothing where it was cleared away."""
+    run = find_run(workspace, bundle.run_id).path
+    if split != FOLDS:
+        places = [run / "evaluation" / split]
+    else:
+        pooled = {m["fold"]: run / "folds" / str(m["fold"]) for m in bundle.members}
+        own = {m["fold"]: workspace / "runs" / m["run_id"] for m in bundle.members}
+        places = [(pooled[n] if pooled[n].is_dir() else own[n]) / EVALUATED for n in own]
+    if not all((place / "cases.json").is_file() for place in places):
+        return []
+    return [outcome for place in places for outcome in read_outcomes(place)]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,16 +136,27 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _energy(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _energy(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The share of the activation maps' energy where it should be, by the method that explained the cases."""
     for found in summary.values():
         if energy := found["checks"].get("energy"):
-            return {"energy": {"value": energy["mean"], **energy["mean_interval"], "n": energy["n"]}}
+            return {name: {"value": energy["mean"], **energy["mean_interval"], "n": energy["n"]}}
     return {}
 
 
-def _row(line: Mapping[str, Any]) -> dict[str, object]:
-    """A line of the table on the screen: the values alone."""
+def _row(line: Mapping[str, Any], paired: bool) -> dict[str, object]:
+    """A line of the table on the screen: the values alone, and the difference of AUC or mean Dice."""
     values = {name: found.get("mean", found.get("value")) for name, found in line["figures"].items()}
     told: dict[str, object] = {name: line[name] for name in ("run_id", "name", "network", "cases")}
-    return told | {name: None if value is None else round(value, 4) for name, value in values.items()}
+    told |= {name: None if value is None else round(value, 4) for name, value in values.items()}
+    if paired:
+        told["to_the_first"] = _difference(line)
+    return told
+
+
+def _difference(line: Mapping[str, Any]) -> str:
+    found = line.get("differences") or {}
+    if (name := next((name for name in ("auc", "mean_dice") if name in found), None)) is None:
+        return ""
+    value, low, high = (found[name][bound] for bound in ("value", "ci_low", "ci_high"))
+    return f"{name.replace('_', ' ')} {value:+.3f} ({low:+.3f} to {high:+.3f})"

@@ -95,6 +95,23 @@ def aucs(truth: ArrayLike, score: ArrayLike, weights: NDArray[np.float64]) -> ND
     return np.asarray(np.divide(area, pairs, out=np.full(len(weights), math.nan), where=pairs > 0))
 
 
+def shares(hits: NDArray[np.bool_], among: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of hits among some cases for each row of weights (draws, n); NaN where none of them was drawn."""
+    size = weights @ among.astype(np.float64)
+    found = weights @ (hits & among).astype(np.float64)
+    return np.asarray(np.divide(found, size, out=np.full(len(weights), math.nan), where=size > 0))
+
+
+def mean_of(statistics: Sequence[Rows]) -> Rows:
+    """The mean of several statistics, such as one per class; NaN where one of them is, or there is none."""
+
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        found = [figure(weights) for figure in statistics]
+        return np.asarray(np.mean(found, axis=0)) if found else np.full(len(weights), math.nan)
+
+    return statistic
+
+
 def proportion(hits: ArrayLike, patients: Sequence[str], *, seed: int = 0) -> Estimate:
     """Share of hits with its interval: Wilson's where each patient has one case, else bootstrapped over patients."""
     array = np.asarray(hits, dtype=np.float64)

@@ -85,6 +85,9 @@ def test_lungs_are_learnt_and_what_they_leave_is_classified(scans: Path, tmp_pat
     assert (whole["sees"], convex["sees"]) == ("whole images", "lungs, convex mask")
     metrics = read_json(place / "runs" / "tb_lungs_convex" / "evaluation" / "test" / "metrics.json")
     assert {name: convex["figures"][name] for name in ("auc", "f1")} == {name: metrics[name] for name in ("auc", "f1")}
+    change = convex["figures"]["auc"]["value"] - whole["figures"]["auc"]["value"]
+    assert (convex["against"], "against" in whole) == (whole["run_id"], False)
+    assert convex["differences"]["auc"]["value"] == pytest.approx(change)
     energies = [line["figures"]["energy"] for line in (whole, convex)]
     assert 1 <= sum(energy["n"] for energy in energies) <= 8, "of 4 maps each, those that hold evidence"
     assert all(0 < energy["value"] < 1 for energy in energies if energy["n"])
@@ -97,5 +100,5 @@ def test_lungs_are_learnt_and_what_they_leave_is_classified(scans: Path, tmp_pat
     assert road.evaluate("box", cohorts["tb_lungs_convex"], place).status == "done"
 
     page = result.paths["report"].read_text()
-    for words in ("lungs, convex mask", "IoU lung", "Energy in the lungs", "Specificity"):
+    for words in ("lungs, convex mask", "IoU lung", "Energy in the lungs", "Specificity", "Difference to"):
         assert words in page

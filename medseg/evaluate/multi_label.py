@@ -1,6 +1,5 @@
 """Probabilities of labels that are not exclusive against the labels that are present."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +13,7 @@ from medseg.evaluate.classification import read_probs
 from medseg.evaluate.outcomes import Outcome, reason_of
 from medseg.files import UserError
 from medseg.label_sets import THRESHOLD, call_labels, read_set, write_set
-from medseg.statistics import Estimate, Rows, aucs, bootstrap_auc, bootstrap_rows, proportion
+from medseg.statistics import Rows, aucs, bootstrap_auc, bootstrap_rows, mean_of, proportion, shares
 
 Array = NDArray[np.float64]
 Truth = NDArray[np.bool_]
@@ -97,25 +96,10 @@ def _means(outcomes: Sequence[Outcome], names: Sequence[str], seed: int) -> dict
     with_it, without_it = truth.any(axis=0), ~truth.all(axis=0)
     figures: dict[str, list[Rows]] = {
         "auc": [partial(aucs, truth[:, k], probs[:, k]) for k in np.flatnonzero(with_it & without_it)],
-        "sensitivity": [partial(_shares, called[:, k], truth[:, k]) for k in np.flatnonzero(with_it)],
-        "specificity": [partial(_shares, ~called[:, k], ~truth[:, k]) for k in np.flatnonzero(without_it)],
+        "sensitivity": [partial(shares, called[:, k], truth[:, k]) for k in np.flatnonzero(with_it)],
+        "specificity": [partial(shares, ~called[:, k], ~truth[:, k]) for k in np.flatnonzero(without_it)],
     }
-    means = {name: asdict(_mean(of_labels, patients, seed)) for name, of_labels in figures.items()}
+    means = {
+        name: asdict(bootstrap_rows(mean_of(of_labels), patients, seed=seed)) for name, of_labels in figures.items()
+    }
     return {"n": len(outcomes), **means}
-
-
-def _mean(of_labels: Sequence[Rows], patients: Sequence[str], seed: int) -> Estimate:
-    if not of_labels:
-        return Estimate(math.nan, math.nan, math.nan, len(patients))
-
-    def statistic(weights: Array) -> Array:
-        return np.asarray(np.mean([figure(weights) for figure in of_labels], axis=0))
-
-    return bootstrap_rows(statistic, patients, seed=seed)
-
-
-def _shares(hits: Truth, among: Truth, weights: Array) -> Array:
-    """Share of hits among some cases for each row of weights (draws, n); NaN where none of them was drawn."""
-    size = weights @ among.astype(np.float64)
-    found = weights @ (hits & among).astype(np.float64)
-    return np.asarray(np.divide(found, size, out=np.full(len(weights), math.nan), where=size > 0))

@@ -16,6 +16,7 @@ MAX_ROWS = 500
 """Rows of one table on a page; longer lists are cut, and the page says so."""
 
 METRICS = {
+    "mean_dice": ("Mean Dice", 3),
     "dice": ("Dice", 3),
     "iou": ("IoU", 3),
     "surface_dice": ("Surface Dice", 3),
