@@ -121,6 +121,7 @@ def run(
         split=split,
         trained_sites=bundle.trained_sites,
         new_site=split != "val",
+        earlier=bundle.verdict,
         lungs=view_of(bundle),
         mirror_axes=config.predict.mirror_axes,
     )
@@ -155,6 +156,12 @@ def in_words(verdict: Verdict) -> str:
         f"({share['ci_low']:.1%} to {share['ci_high']:.1%}), and {ppv['value']:.1%} of these have "
         f"{verdict.positive}."
     )
+    if lent := verdict.fitted.get("borrowed"):
+        lines.append(
+            f"The threshold is where a sensitivity of {point['target_sensitivity']:g} is expected, from where the "
+            f"positive cases lie and how they spread; {lent['cases']:g} cases' worth of the spread is that of the "
+            f"calibration before, {lent['calibration']} (verdict.borrowed_cases)."
+        )
     return "\n".join(lines)
 
 

@@ -157,13 +157,15 @@ def _verdict_lines(verdict: Verdict) -> list[str]:
         and all(isinstance(found.get(key), (int, float)) for key in ("value", "ci_low", "ci_high"))
     ]
     where = f"the split `{fitted['split']}` of " if fitted.get("split") else ""
+    lent = fitted.get("borrowed")
+    spread = f", and by how positive cases spread in the calibration `{lent['calibration']}`" if lent else ""
     return [
         "## Verdict",
         "",
         f"Refers for {verdict.positive} from a probability of {verdict.threshold:.3f} on (calibration `{verdict.id}`, "
         f"{verdict.method}), chosen for a sensitivity of {point.get('target_sensitivity')} on {fitted.get('n')} cases, "
-        f"{fitted.get('n_positive')} positive, of {where}the cohort with SHA-256 `{fitted.get('cohort_sha256')}`. "
-        f"Referral rate and predictive values are for a prevalence of {point.get('prevalence')}.",
+        f"{fitted.get('n_positive')} positive, of {where}the cohort with SHA-256 `{fitted.get('cohort_sha256')}`"
+        f"{spread}. Referral rate and predictive values are for a prevalence of {point.get('prevalence')}.",
         "",
         *(["| figure | value | 95 % interval |", "|---|---|---|", *rows, ""] if rows else []),
     ]

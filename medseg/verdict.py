@@ -38,6 +38,8 @@ class Verdict:
         quality: calibration error, Brier score, negative log-likelihood before and after, and the AUC.
         subgroups: rows of `{factor, group, n, n_positive, sensitivity, specificity, auc}`.
         fitted: on what: cohort, split, cases, and the bundle it replaces, if any.
+        positives: margins of the positive cases that calibrated the model first, as at most 100 even quantiles; they
+            tell how such cases spread. Empty for verdicts that are older.
     """
 
     positive: str
@@ -51,6 +53,7 @@ class Verdict:
     quality: Mapping[str, Any] = field(default_factory=dict)
     subgroups: tuple[Mapping[str, Any], ...] = ()
     fitted: Mapping[str, Any] = field(default_factory=dict)
+    positives: tuple[float, ...] = ()
 
     @property
     def id(self) -> str:
@@ -135,6 +138,7 @@ def read_verdict(path: Path) -> Verdict:
             knots=tuple((float(at), float(value)) for at, value in tree["knots"]),
             withhold=tuple(tree["withhold"]),
             subgroups=tuple(tree["subgroups"]),
+            positives=tuple(float(margin) for margin in tree.get("positives", ())),
         )
         _check(verdict)
     except (KeyError, TypeError, ValueError) as error:
@@ -147,6 +151,6 @@ def _check(verdict: Verdict) -> None:
         raise ValueError(f"method {verdict.method!r} or threshold {verdict.threshold!r} is not allowed")
     if verdict.method == "isotonic" and len(verdict.knots) < 2:
         raise ValueError("isotonic calibration without knots")
-    numbers = (verdict.scale, verdict.shift, *(number for knot in verdict.knots for number in knot))
+    numbers = (verdict.scale, verdict.shift, *verdict.positives, *(number for knot in verdict.knots for number in knot))
     if not all(math.isfinite(number) for number in numbers) or verdict.scale <= 0:
         raise ValueError("a parameter is not finite, or the scale is not positive")

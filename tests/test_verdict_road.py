@@ -120,9 +120,21 @@ def test_a_new_site_gets_its_own_bundle_with_provenance(trained: tuple[Path, Pat
     assert read_run(replace(_folder(place, made.run_id)))["status"] == "FINISHED"
     assert (after.folder / "weights.safetensors").read_bytes() == (before.folder / "weights.safetensors").read_bytes()
     assert "would halve its width" in made.text
+    assert before.verdict is not None
+    assert after.verdict.fitted["borrowed"] == {"cases": 20, "calibration": before.verdict.id}
+    assert after.verdict.positives == before.verdict.positives, "the spread that was lent can be lent on"
+    assert f"the calibration before, {before.verdict.id}" in made.text
     version = find_version("models:/tiny_tb/latest", place)
     assert version.bundle_sha256 == after.sha256
     assert made.figures["model"] == version.uri
+    calibrations.run(
+        result.run_id, tmp_path / "elsewhere", place, out=tmp_path / "own", overrides=["verdict.borrowed_cases=0"]
+    )
+    own = load_bundle(tmp_path / "own").verdict
+    assert own is not None
+    assert "borrowed" not in own.fitted
+    assert (own.scale, own.shift) == (after.verdict.scale, after.verdict.shift), "the mapping is the cases' own in both"
+    assert len(own.positives) == 12
 
 
 def _folder(place: Path, run_id: str):  # type: ignore[no-untyped-def]

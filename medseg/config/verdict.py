@@ -17,16 +17,19 @@ class VerdictConfig(Strict):
 
     `positive` is the class to refer; null takes class 1 of two, and gives no verdict with more classes. `method` maps
     scores to probabilities: `auto` takes isotonic regression from 500 cases on, temperature scaling below. The
-    threshold is the highest one that reaches `target_sensitivity` on the calibration split. `prevalence` is that of
-    the people who will be examined, for the referral rate and the predictive values. With fewer than `min_cases`
-    labelled cases, or fewer than `min_per_class` of either class, nothing is fitted. A scan with a finding named in
-    `withhold` gets no verdict; those about lung fields count where the classifier sees nothing else (`lungs.mask`).
+    threshold is the highest one that reaches `target_sensitivity` on the calibration split; at a new site it is the
+    one from which that is expected, where the spread of the positive cases that calibrated the model first counts as
+    much as `borrowed_cases` cases of the site (0: none of it). `prevalence` is that of the people who will be
+    examined, for the referral rate and the predictive values. With fewer than `min_cases` labelled cases, or fewer
+    than `min_per_class` of either class, nothing is fitted. A scan with a finding named in `withhold` gets no verdict;
+    those about lung fields count where the classifier sees nothing else (`lungs.mask`).
     """
 
     positive: str | None = None
     method: Literal["auto", "temperature", "platt", "isotonic"] = "auto"
     target_sensitivity: OpenShare = 0.9
     prevalence: OpenShare = 0.1
+    borrowed_cases: Annotated[float, Field(ge=0)] = 20
     min_cases: Annotated[int, Field(ge=4)] = 20
     min_per_class: Annotated[int, Field(ge=2)] = 5
     withhold: tuple[FindingCode | LungCode, ...] = (

@@ -14,6 +14,7 @@ from medseg.data.lung_view import LungView
 from medseg.evaluate.calibration import (
     cases_to_halve,
     choose_threshold,
+    expected_threshold,
     fit_isotonic,
     fit_platt,
     fit_temperature,
@@ -37,6 +38,7 @@ PLATT_BELOW = 100
 """Cases of a new site below which isotonic regression is refused."""
 
 _SEED = 0
+_QUANTILES = 100
 Array = NDArray[np.float64]
 
 
@@ -71,6 +73,7 @@ def calibrate(
     split: str,
     trained_sites: Sequence[str] | None = None,
     new_site: bool = False,
+    earlier: Verdict | None = None,
     lungs: LungView | None = None,
     mirror_axes: Sequence[int] = (),
 ) -> Verdict:
@@ -81,6 +84,7 @@ def calibrate(
         trained_sites: where the training cases come from, if known; kept for the audit.
         new_site: the cases come from elsewhere than the training cases, so that the prevalence and with it the shift
             differ: `auto` fits slope and shift below 500 cases, and isotonic regression is refused below 100.
+        earlier: what the model had before; the spread of its positive cases helps to find the threshold at a new site.
         lungs: what the network sees of a radiograph; by default all.
         mirror_axes: logits are averaged over flips along them.
 
@@ -98,7 +102,9 @@ def calibrate(
     facts["trained_sites"] = trained_sites
     patients = [case.patient_id for case in known]
     method = choose_method(config.method, len(known), new_site)
-    return fit(margin, truth, patients, positive, method, config, groups=read_groups(cohort, known), facts=facts)
+    lent = earlier if new_site and earlier is not None and earlier.positive == positive else None
+    groups = read_groups(cohort, known)
+    return fit(margin, truth, patients, positive, method, config, groups=groups, facts=facts, earlier=lent)
 
 
 def calibrate_out_of_fold(
@@ -165,8 +171,9 @@ def fit(
     *,
     groups: Mapping[str, Sequence[str]],
     facts: Mapping[str, Any],
+    earlier: Verdict | None = None,
 ) -> Verdict:
-    """The verdict from margins (n,), known classes (n,), patients (n,) and groups.
+    """The verdict from margins (n,), known classes (n,), patients (n,), groups, and what the model had before.
 
     Raises:
         UserError: the scores run against the known classes.
@@ -185,6 +192,12 @@ def fit(
     mapped = Verdict(positive, method, 0.5, scale, shift, knots)
     probs = mapped.probability(margin)
     threshold = choose_threshold(probs, truth, config.target_sensitivity)
+    positives = _quantiles(margin[truth])
+    if earlier is not None and earlier.positives and config.borrowed_cases and method != "isotonic":
+        positives = earlier.positives
+        at = expected_threshold(margin, truth, positives, config.target_sensitivity, config.borrowed_cases)
+        threshold = float(mapped.probability([at])[0])
+        facts = {**facts, "borrowed": {"cases": config.borrowed_cases, "calibration": earlier.id}}
     return Verdict(
         positive,
         method,
@@ -202,7 +215,14 @@ def fit(
         },
         subgroups=tuple(tabulate(probs, truth, threshold, groups, patients, seed=_SEED)),
         fitted={**facts, "n": len(truth), "n_positive": int(truth.sum())},
+        positives=positives,
     )
+
+
+def _quantiles(margin: Array) -> tuple[float, ...]:
+    """At most 100 margins that stand for all: the middles of as many parts of equal size."""
+    count = min(len(margin), _QUANTILES)
+    return tuple(round(float(z), 6) for z in np.quantile(margin, (np.arange(count) + 0.5) / count, method="hazen"))
 
 
 def operating_point(probs: Array, truth: NDArray[np.bool_], threshold: float, config: VerdictConfig) -> dict[str, Any]:

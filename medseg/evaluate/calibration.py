@@ -149,6 +149,36 @@ def choose_threshold(probs: ArrayLike, truth: ArrayLike, target_sensitivity: flo
     return (lowest + (float(below.max()) if len(below) else 0.0)) / 2
 
 
+def expected_threshold(
+    margin: ArrayLike, truth: ArrayLike, earlier: ArrayLike, target_sensitivity: float, borrowed_cases: float
+) -> float:
+    """The margin that the wanted share of other positive cases of the same place is expected to reach.
+
+    The lowest tenth of ten positive cases is one case, and a threshold there is one of chance. What moves most from one
+    place to another is where the margins lie, less how they spread: the mean is that of the cases at hand alone, and to
+    their residuals about it those of `earlier` are added with the weight of `borrowed_cases` cases. Both are widened by
+    what the mean of n cases is unsure of, sqrt(1 + 1/n). With more cases their own spread decides.
+
+    Args:
+        margin: (n,) of all cases at hand. earlier: (m,) of positive cases on which the model was calibrated before.
+
+    Raises:
+        ValueError: fewer than two positive cases.
+    """
+    z, y = _pair(margin, truth)
+    ones, before = z[y > 0], np.asarray(earlier, dtype=np.float64)
+    n = len(ones)
+    if n < 2:
+        raise ValueError("fewer than two positive cases: their margins have no spread.")
+    own = (ones - ones.mean()) * math.sqrt((n + 1) / (n - 1))
+    lent = (before - before.mean()) * math.sqrt(1 + 1 / n)
+    residuals = np.concatenate([own, lent])
+    weights = np.concatenate([np.ones(n), np.full(len(lent), borrowed_cases / len(lent))])
+    order = np.argsort(residuals, kind="stable")
+    middle = np.cumsum(weights[order]) - weights[order] / 2
+    return float(ones.mean() + np.interp((1 - target_sensitivity) * weights.sum(), middle, residuals[order]))
+
+
 def clopper_pearson(hits: int, n: int) -> Estimate:
     """Exact 95 % interval of a proportion (Clopper and Pearson 1934); NaN throughout for n = 0."""
     if n == 0:

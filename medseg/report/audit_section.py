@@ -167,8 +167,13 @@ def show_verdict(path: Path) -> VerdictView | None:
     lead = (
         f"From a probability of {verdict['threshold']:.3f} on, a case is referred for {verdict['positive']}; below, it "
         f"is not. The threshold was chosen for a sensitivity of {point.get('target_sensitivity', 0):.0%} on "
-        f"{fitted.get('n')} cases ({where}), of which {fitted.get('n_positive')} are positive. Chosen and measured on "
-        "the same cases, these figures are optimistic: what counts are those of a split that no choice was made on."
+        f"{fitted.get('n')} cases ({where}), of which {fitted.get('n_positive')} are positive"
+    )
+    if fitted.get("borrowed"):
+        lead += ", and by how positive cases spread in the calibration before"
+    lead += (
+        ". Chosen and measured on the same cases, these figures are optimistic: what counts are those of a split that "
+        "no choice was made on."
     )
     tables = [_point_table(point, verdict), _quality_table(quality), _group_table(verdict.get("subgroups") or ())]
     reliability = quality.get("reliability") or ()

@@ -5,12 +5,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from medseg.cohort import Case, Cohort
 from medseg.config import VerdictConfig
 from medseg.evaluate import calibrate, calibration
 from medseg.evaluate.subgroups import read_groups
-from medseg.files import UserError
+from medseg.files import UserError, read_json, write_json
 from medseg.statistics import bootstrap
 from medseg.verdict import Verdict, margins, read_verdict, sigmoid, write_verdict
 
@@ -88,6 +89,42 @@ def test_the_threshold_is_the_highest_that_reaches_the_sensitivity() -> None:
         calibration.choose_threshold([0.5], [0], 0.9)
 
 
+def test_an_expected_threshold_moves_with_the_cases_and_not_with_those_it_borrows_from() -> None:
+    rng = np.random.default_rng(0)
+    margin, truth, earlier = rng.normal(0, 1, 20), np.repeat([0, 1], 10), rng.normal(2, 1.5, 100)
+    at = calibration.expected_threshold(margin, truth, earlier, 0.9, 20)
+    assert calibration.expected_threshold(margin + 3, truth, earlier, 0.9, 20) == pytest.approx(at + 3)
+    assert calibration.expected_threshold(margin, truth, earlier - 7, 0.9, 20) == pytest.approx(at)
+    assert calibration.expected_threshold(margin, truth, earlier, 0.8, 20) > at
+    wide = calibration.expected_threshold(margin, truth, 2 * earlier, 0.9, 20)
+    assert wide < at, "what is borrowed is how far positive cases spread"
+    with pytest.raises(ValueError, match="no spread"):
+        calibration.expected_threshold([0, 1], [0, 1], earlier, 0.9, 20)
+
+
+def test_an_expected_threshold_keeps_its_sensitivity_and_varies_less_than_one_of_the_cases_alone() -> None:
+    """A site whose margins lie 2 lower, 9 positive cases, 2,000 draws; sensitivities are those of normal margins."""
+    rng = np.random.default_rng(0)
+    earlier, truth = rng.normal(2, 1.5, 300), np.repeat([0, 1], [11, 9])
+    alone, expected = [], []
+    for _ in range(2000):
+        margin = np.concatenate([rng.normal(-2, 1.5, 11), rng.normal(0, 1.5, 9)])
+        p = calibration.choose_threshold(sigmoid(margin), truth, 0.9)
+        alone.append(1 - stats.norm.cdf(math.log(p / (1 - p)) / 1.5))
+        expected.append(1 - stats.norm.cdf(calibration.expected_threshold(margin, truth, earlier, 0.9, 20) / 1.5))
+    assert np.mean(expected) == pytest.approx(0.9, abs=0.01)
+    assert np.std(expected) < 0.8 * np.std(alone)
+    assert np.mean(np.array(expected) < 0.75) < 0.7 * np.mean(np.array(alone) < 0.75)
+
+
+def test_with_many_cases_their_own_spread_decides() -> None:
+    rng = np.random.default_rng(0)
+    margin, truth = rng.normal(0, 1, 4000), np.ones(4000)
+    truth[:10] = 0
+    at = calibration.expected_threshold(margin, truth, rng.normal(0, 5, 100), 0.9, 20)
+    assert at == pytest.approx(np.quantile(margin[10:], 0.1), abs=0.03)
+
+
 def test_clopper_pearson_has_its_exact_values() -> None:
     """0 of n and n of n have closed forms; 4 of 20 and 7 of 10 are tabulated (e.g. Brown, Cai, DasGupta 2001)."""
     assert calibration.clopper_pearson(0, 10).ci_high == pytest.approx(1 - 0.025 ** (1 / 10))
@@ -157,6 +194,11 @@ def test_a_fitted_verdict_says_how_sure_it_is_and_survives_the_disk(tmp_path) ->
     again = read_verdict(write_verdict(tmp_path / "verdict.json", verdict))
     assert (again.id, again.threshold, again.fitted["n"]) == (verdict.id, verdict.threshold, 300)
     assert again.probability(margin) == pytest.approx(verdict.probability(margin))
+    assert again.positives == verdict.positives
+    assert len(again.positives) == 100
+    assert np.mean(again.positives) == pytest.approx(margin[truth].mean(), abs=0.05)
+    older = {name: value for name, value in read_json(tmp_path / "verdict.json").items() if name != "positives"}
+    assert read_verdict(write_json(tmp_path / "older.json", older)).positives == ()
     (tmp_path / "verdict.json").write_text((tmp_path / "verdict.json").read_text().replace('"temperature"', '"magic"'))
     with pytest.raises(UserError, match="magic"):
         read_verdict(tmp_path / "verdict.json")
