@@ -48,7 +48,7 @@ class Plan:
         predicted_memory_gb: peak memory of training (1e9 bytes; resident on a CPU, allocated on a GPU) as the growth
             law foretold it, before this patch was measured.
         memory_gb: the same, measured on this patch and batch; None where it was not measured.
-        step_seconds: median of a training step, likewise.
+        predicted_step_seconds: time of a training step by the same law. step_seconds: its median where it was measured.
         memory_law: the growth law, the points it was fitted to, its residual, the device and the budget.
         fingerprint: what was measured on the cohort. reasons: why each number is what it is.
     """
@@ -68,6 +68,7 @@ class Plan:
     memory_mode: str = ""
     predicted_memory_gb: float | None = None
     memory_gb: float | None = None
+    predicted_step_seconds: float | None = None
     step_seconds: float | None = None
     memory_law: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)

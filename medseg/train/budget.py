@@ -24,13 +24,15 @@ class Choice:
     """What to train with.
 
     Attributes:
-        predicted_gb: by the law, before the choice itself was measured. measured: None where there was no time for it.
+        predicted_gb, predicted_seconds: peak and time of a step by the law, before the choice itself was measured.
+        measured: None where there was no time for it.
         laws: by mode. notes: why, by field of the plan.
     """
 
     candidate: Candidate
     mode: str
     predicted_gb: float
+    predicted_seconds: float
     measured: Measured | None
     laws: Mapping[str, Law]
     notes: Mapping[str, str]
@@ -107,7 +109,7 @@ class Chooser:
                 peaks.append(measured)
                 if measured.peak_gb <= self.budget_gb:
                     notes = {"memory_gb": "measured at once: a step is too small for a growth law"}
-                    return Choice(candidate, mode, measured.peak_gb, measured, {}, notes)
+                    return Choice(candidate, mode, measured.peak_gb, measured.step_seconds, measured, {}, notes)
         least = min(peaks, key=lambda one: one.peak_gb)
         raise UserError(
             f"plan.memory_gb {self.budget_gb:.3g}: {least.candidate} was measured at {least.peak_gb:.2f} GB, of which "
@@ -160,7 +162,7 @@ class Chooser:
                     f"not measured: a step would take about {step:.0f} s and plan.probe_seconds is nearly spent; "
                     "predicted_memory_gb extrapolates the law"
                 )
-                return Choice(candidate, mode, predicted, None, self.laws, notes)
+                return Choice(candidate, mode, predicted, step, None, self.laws, notes)
             try:
                 measured = self.measure(candidate, mode, _STEPS if _STEPS * step < max(left, 20.0) else 2)
             except TooLarge:
@@ -169,7 +171,7 @@ class Chooser:
                 notes.setdefault(
                     "memory_gb", "measured in a fresh process: training steps, then the largest validation case"
                 )
-                return Choice(candidate, mode, predicted, measured, self.laws, notes)
+                return Choice(candidate, mode, predicted, step, measured, self.laws, notes)
             self.laws[mode] = fit_law([*small, measured])
             notes["memory_gb"] = (
                 f"{candidate} was measured at {measured.peak_gb:.2f} GB, over the budget of {self.budget_gb:.2f}; "

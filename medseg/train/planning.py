@@ -48,7 +48,8 @@ def run(config: Config, cohort: Cohort, out: Path, *, measure: bool = True, lung
     figures: dict[str, object] = {"cases": len(cohort.cases), "patch_size": plan.patch_size}
     figures |= {"batch_size": plan.batch_size, "spacing_mm": plan.spacing_mm or plan.size_px}
     if measure:
-        names = ("memory_mode", "predicted_memory_gb", "memory_gb", "step_seconds")
+        names = ["memory_mode", "predicted_memory_gb", "memory_gb", "step_seconds"]
+        names += ["predicted_step_seconds"] if plan.step_seconds is None else []
         figures |= {name: value for name in names if (value := getattr(plan, name)) not in (None, "")}
         figures |= _time_estimate(config, cohort, plan)
     path = write_plan(out / "plan.yaml", plan)
@@ -215,6 +216,7 @@ def _chosen(plan: Plan, choice: Choice, device: str, budget_gb: float, why: str)
         memory_mode=choice.mode,
         predicted_memory_gb=round(choice.predicted_gb, 3),
         memory_gb=round(measured.peak_gb, 3) if measured else None,
+        predicted_step_seconds=round(choice.predicted_seconds, 4),
         step_seconds=measured.step_seconds if measured else None,
         memory_law=choice.law_facts(device, budget_gb),
         reasons=reasons,
@@ -223,6 +225,5 @@ def _chosen(plan: Plan, choice: Choice, device: str, budget_gb: float, why: str)
 
 def _time_estimate(config: Config, cohort: Cohort, plan: Plan) -> dict[str, object]:
     steps = config.train.steps_per_epoch or max(1, len(cohort.split("train")) // plan.batch_size)
-    if plan.step_seconds is None:
-        return {}
-    return {"train_minutes": round(config.train.epochs * steps * plan.step_seconds / 60, 1)}
+    seconds = plan.step_seconds or plan.predicted_step_seconds
+    return {"train_minutes": round(config.train.epochs * steps * seconds / 60, 1)} if seconds else {}

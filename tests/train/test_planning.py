@@ -357,6 +357,9 @@ def test_without_time_the_choice_stays_a_prediction() -> None:
     choice = chooser.choose()
     assert choice.measured is None
     assert choice.predicted_gb == pytest.approx(0.5 + 0.1 * 2 * 640**3 / 1e6)
+    measured = choice.laws[""].points[-1]
+    step = measured.step_seconds * huge[0].voxels / measured.candidate.voxels
+    assert choice.predicted_seconds == pytest.approx(step, rel=0.05), "the time grows with the voxels"
     assert "not measured" in choice.notes["memory_gb"]
 
 
