@@ -43,7 +43,7 @@ NETWORKS: Mapping[str, Sequence[str]] = {
 def run(models: Sequence[str], workspace: Path, out: Path, *, split: str = "test") -> Result:
     """Put what models measured side by side, as `out/comparison.json` and a page.
 
-    Beside its figures a model has its differences to the first one of its task and cohort, on the cases of both.
+    Beside its figures a model has its differences to the first one of its task that was measured on its cohort, on the cases of both.
 
     Args:
         models: run ids, or bundles whose runs are in the workspace; each evaluated on `split`.
@@ -85,7 +85,7 @@ def _line(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
         "network": config.model.variant,
         "sees": "whole images" if lungs is None or lungs.mask == "none" else f"lungs, {lungs.mask} mask",
         "seed": config.seed,
-        "cohort_sha256": bundle.facts["cohort_sha256"],
+        "cohort_sha256": metrics.get("cohort_sha256", bundle.facts["cohort_sha256"]),  # measured on, not trained on
         "cases": metrics.get("n_measured", metrics.get("n")),
         "figures": figures,
         "not_learned": not_learned(bundle.facts.get("metrics") or {}),

@@ -30,7 +30,7 @@ def write_model(place: Path, config: Config, run_id: str, **facts: Any) -> Path:
     return save_bundle(folder / "bundle", state_dict=weights, config=config, plan=plan, run_id=run_id, **about)
 
 
-def write_figures(folder: Path, config: Config, numbers: range, sharpness: float) -> None:
+def write_figures(folder: Path, config: Config, numbers: range, sharpness: float, sha256: str = "a" * 64) -> None:
     """What `evaluate` makes of predictions that are right the more often, the greater `sharpness` is."""
     cases = []
     for number in numbers:
@@ -41,7 +41,7 @@ def write_figures(folder: Path, config: Config, numbers: range, sharpness: float
         result = {"status": "done", "patient_id": f"p{number}", "probs": {"normal": 1 - p, "tb": p}}
         write_json(folder / "predictions" / cases[-1].case_id / "result.json", result)
         write_png(folder / "images" / f"{cases[-1].case_id}.png", np.zeros((4, 4), np.uint8))
-    cohort = Cohort(folder / "images", tuple(cases), config.task.labels, ("image",), "0" * 64)
+    cohort = Cohort(folder / "images", tuple(cases), config.task.labels, ("image",), sha256)
     labels, facts = config.task.labels, {"name": "x"}
     step.run(
         cohort, folder / "predictions", folder, split="val", bundle_facts=facts, labels=labels, kind="classification"
@@ -52,13 +52,13 @@ def test_differences_are_told_on_the_screen_in_the_table_and_on_the_page(tmp_pat
     config = tiny_radiograph_config()
     guessed = {"train_loss": 0.693, "guessing_loss": 0.693}
     for run_id, sharpness, metrics in (("good", 1.5, {}), ("poor", 0.2, guessed), ("elsewhere", 0.1, {})):
-        cohort = ("d" if run_id == "elsewhere" else "c") * 64
-        write_model(tmp_path, config, run_id, metrics=metrics, cohort_sha256=cohort)
-        write_figures(tmp_path / "runs" / run_id / "evaluation" / "val", config, range(40), sharpness)
+        measured_on = ("b" if run_id == "elsewhere" else "a") * 64
+        write_model(tmp_path, config, run_id, metrics=metrics, cohort_sha256=("d" if run_id == "poor" else "c") * 64)
+        write_figures(tmp_path / "runs" / run_id / "evaluation" / "val", config, range(40), sharpness, measured_on)
     result = comparison.run(["good", "poor", "elsewhere"], tmp_path, tmp_path / "table", split="val")
 
     good, poor, elsewhere = read_json(result.paths["comparison"])["models"]
-    assert poor["against"] == "good"
+    assert poor["against"] == "good", "trained on another cohort, measured on one"
     assert "against" not in good | elsewhere, "cases of another cohort are not the same cases"
     auc = [line["figures"]["auc"]["value"] for line in (good, poor)]
     assert abs(poor["differences"]["auc"]["value"] - (auc[1] - auc[0])) < 1e-9
