@@ -43,7 +43,8 @@ NETWORKS: Mapping[str, Sequence[str]] = {
 def run(models: Sequence[str], workspace: Path, out: Path, *, split: str = "test") -> Result:
     """Put what models measured side by side, as `out/comparison.json` and a page.
 
-    Beside its figures a model has its differences to the first one of its task that was measured on its cohort, on the cases of both.
+    Beside its figures a model has its differences to the first one of its task that was measured on its cohort, on the
+    cases of both.
 
     Args:
         models: run ids, or bundles whose runs are in the workspace; each evaluated on `split`.
