@@ -1,5 +1,6 @@
 """What several models measured on the same cases, side by side: `medseg models compare`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,4 +161,6 @@ def _difference(line: Mapping[str, Any]) -> str:
     if (name := next((name for name in ("auc", "mean_dice") if name in found), None)) is None:
         return ""
     value, low, high = (found[name][bound] for bound in ("value", "ci_low", "ci_high"))
+    if not math.isfinite(value + low + high):  # the cases of both are of one class, or of one patient
+        return ""
     return f"{name.replace('_', ' ')} {value:+.3f} ({low:+.3f} to {high:+.3f})"

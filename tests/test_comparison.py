@@ -96,3 +96,16 @@ def test_joined_folds_are_compared_case_by_case_as_long_as_their_runs_are_there(
     assert lines()[1]["differences"]["auc"]["n"] == 40
     (tmp_path / "runs" / "one-1" / "evaluation" / "val" / "cases.json").unlink()
     assert "differences" not in lines()[1]
+
+
+def test_cases_of_one_class_give_no_difference_of_the_auc(tmp_path: Path) -> None:
+    config = tiny_radiograph_config()
+    for run_id, numbers in (("one", range(10)), ("two", range(0, 21, 2))):  # both hold even numbers only, all normal
+        write_model(tmp_path, config, run_id)
+        write_figures(tmp_path / "runs" / run_id / "evaluation" / "val", config, numbers, 1.0)
+    result = comparison.run(["one", "two"], tmp_path, tmp_path / "table", split="val")
+    assert [row.get("to_the_first") for row in result.rows] == ["", ""]
+    differences = read_json(result.paths["comparison"])["models"][1]["differences"]
+    assert differences["auc"]["value"] is None
+    assert differences["specificity"]["n"] == 5
+    assert "Difference to one" in result.paths["report"].read_text()
