@@ -69,7 +69,7 @@ def run(models: Sequence[str], workspace: Path, out: Path, *, split: str = "test
 def _line(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
     config, lungs = bundle.config, bundle.config.lungs
     folder = find_run(workspace, bundle.run_id).path / "evaluation" / split
-    metrics = _metrics(bundle, workspace, split)
+    metrics = bundle.evidence.get("cross_validation") if split == FOLDS else _read(folder / "metrics.json")
     if not metrics:
         remedy = "join its folds" if split == FOLDS else f"run `medseg evaluate {bundle.run_id} --split {split}`"
         raise UserError(f"model {bundle.run_id!r} has no figures of {split!r}; {remedy} first.")
@@ -90,14 +90,9 @@ def _line(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
         "cohort_sha256": metrics.get("cohort_sha256", bundle.facts["cohort_sha256"]),  # measured on, not trained on
         "cases": metrics.get("n_measured", metrics.get("n")),
         "figures": figures,
+        "positive": metrics.get("positive") if len(config.task.labels) == 2 else None,  # else means over the classes
         "not_learned": not_learned(bundle.facts.get("metrics") or {}),
     }
-
-
-def _metrics(bundle: Bundle, workspace: Path, split: str) -> dict[str, Any]:
-    if split == FOLDS:
-        return dict(bundle.evidence.get("cross_validation") or {})
-    return _read(find_run(workspace, bundle.run_id).path / "evaluation" / split / "metrics.json")
 
 
 def _hold_against_the_first(
@@ -112,9 +107,7 @@ def _hold_against_the_first(
             first[kind] = line["run_id"], outcomes
             continue
         run_id, others = first[kind]
-        metrics = _metrics(bundle, workspace, split)
-        positive = metrics.get("positive") if len(metrics.get("classes", ())) == 2 else None
-        if found := differences(others, outcomes, positive=positive):
+        if found := differences(others, outcomes, positive=line["positive"]):
             line["against"] = run_id
             line["differences"] = found
 
