@@ -1,18 +1,20 @@
 """What training does about the source of radiographs: trained at one site, tested at another, one option at a time.
 
     python -m benchmarks.sources CONFIG --cohort DIR --train SITE --test SITE [--options …] [--option NAME A.B=C …]
-        [--seeds 3] [--set A.B=C]
+        [--pretrained EPOCHS] [--seeds 0 1 2] [--set A.B=C]
 
 Each option is a few overrides of CONFIG (a name of the table, or one's own by `--option`), trained once per seed as a
-run under --work (a run that is there already is not made again, and one that was stopped goes on). Every network is
-scored twice at the other site: as trained, and adapted as `medseg models adapt` does to all images of that site,
-without labels. Specificity is at the highest threshold that finds 90 % of the positive cases of that site; intervals
-are from a bootstrap over patients. Home is a quarter of the training site's cases, on which no choice was made.
+run under --work (a run that is there already is not made again, and one that was stopped goes on). `--pretrained` adds
+CONFIG from the weights of as many epochs of masked modelling, of the same seed, on the images that train it and no
+others. Every network is scored twice at the other site: as trained, and adapted as `medseg models adapt` does to all
+images of that site, without labels. Specificity is at the highest threshold that finds 90 % of the positive cases of
+that site; intervals are from a bootstrap over patients. Home is a quarter of the training site's cases, on which no
+choice was made.
 """
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,12 +28,14 @@ from medseg.config import Config, load_config
 from medseg.evaluate.scoring import Scorer
 from medseg.models.batch_norm import batch_norms, reestimate
 from medseg.predict import load_network, view_of
+from medseg.result import Result
 from medseg.road.learning import lungs_for
 from medseg.runs import create_run, find_run
 from medseg.splits import assign_splits
 from medseg.statistics import Estimate, aucs, bootstrap_rows
 from medseg.tracking import track
-from medseg.train import step
+from medseg.train import pretrain, step
+from medseg.train.cohort_check import check_cohort
 from medseg.train.planning import make_plan
 from medseg.verdict import margins
 
@@ -58,6 +62,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Overrides by name. `adversary` needs two sites among the training cases: give --train several."""
 
+_PRETRAINED = "pretrained"
 _SENSITIVITY = 0.9
 
 
@@ -81,19 +86,25 @@ def main() -> None:
     parser.add_argument("--test", required=True, metavar="SITE")
     parser.add_argument("--options", nargs="+", default=[], choices=list(OPTIONS))
     parser.add_argument("--option", dest="own", nargs="+", action="append", default=[], metavar=("NAME", "A.B=C"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretrained", type=int, metavar="EPOCHS")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--work", type=Path, default=Path("workspace"))
     args = parser.parse_args()
-    named = args.options or ([] if args.own else ["plain"])
+    named = args.options or ([] if args.own or args.pretrained else ["plain"])
     options = {name: OPTIONS[name] for name in named} | {name: tuple(sets) for name, *sets in args.own}
+    options |= {_PRETRAINED: ()} if args.pretrained else {}
     cohort = elsewhere(read_cohort(args.cohort), args.train, args.test)
     print("| option | seed | AUC at home | AUC elsewhere (95 %) | specificity at 90 % sensitivity (95 %) |")
     print("|---|---|---|---|---|", flush=True)
     rows: list[Row] = []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for option, sets in options.items():
-            config = load_config(args.config, [*args.sets, *sets, f"seed={seed}"])
+            sets = [*args.sets, *sets, f"seed={seed}"]
+            if option == _PRETRAINED:
+                first = load_config(args.config, [*sets, f"train.epochs={args.pretrained}"])
+                sets.append(f"model.weights={pretrained(first, cohort, args.work)}")
+            config = load_config(args.config, sets)
             for row in score(trained(config, cohort, option, args.work), cohort, option, seed):
                 rows.append(row)
                 print(f"| {row.option} | {seed} | {row.home:.3f} | {_shown(row.auc)} | {_shown(row.specificity)} |",
@@ -111,20 +122,38 @@ def elsewhere(cohort: Cohort, train: Sequence[str], test: str) -> Cohort:
     return replace(cohort, cases=(*home, *away), sha256=digest)
 
 
+def pretrained(config: Config, cohort: Cohort, work: Path) -> Path:
+    """The weights of an encoder that learnt from the training images without labels, made now where there are none."""
+    run_id = _run_id(config, cohort, "pretrain")
+    weights = work / "runs" / run_id / pretrain.WEIGHTS
+    if not weights.is_file():
+        _run(pretrain.run, config, cohort, work, run_id, "pretrain")
+    return weights
+
+
 def trained(config: Config, cohort: Cohort, option: str, work: Path) -> Bundle:
     """The model of a config, from the run that trained it before or from one made now."""
-    facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256}
-    digest = hashlib.sha256(f"{cohort.sha256} {config}".encode()).hexdigest()[:8]
-    run_id = f"sources-{option.replace('+', '-')}-{config.seed}-{digest}"
+    run_id = _run_id(config, cohort, option)
     if not (work / "runs" / run_id / "bundle" / "bundle.json").is_file():
-        step.check_cohort(config, cohort)
-        begun = (work / "runs" / run_id / "run.json").is_file()
-        folder = find_run(work, run_id) if begun else create_run(work, "sources", run_id, **facts)
-        saved = any((folder.path / "checkpoints").glob("step_*.pt"))
-        with track(folder, config.tracking, tags={"medseg.step": "train"}, resume=begun) as tracker:
-            lungs = lungs_for(config, folder)
-            step.run(config, cohort, make_plan(config, cohort, lungs), folder, tracker, resume=saved, lungs=lungs)
+        check_cohort(config, cohort)
+        _run(step.run, config, cohort, work, run_id, "train")
     return load_bundle(run_id, work)
+
+
+def _run_id(config: Config, cohort: Cohort, name: str) -> str:
+    digest = hashlib.sha256(f"{cohort.sha256} {config}".encode()).hexdigest()[:8]
+    return f"sources-{name.replace('+', '-')}-{config.seed}-{digest}"
+
+
+def _run(do: Callable[..., Result], config: Config, cohort: Cohort, work: Path, run_id: str, what: str) -> None:
+    """A step that makes a plan's network learn, as a run of its own; one that was stopped goes on."""
+    begun = (work / "runs" / run_id / "run.json").is_file()
+    facts = {"step": what, "seed": config.seed, "cohort_sha256": cohort.sha256}
+    folder = find_run(work, run_id) if begun else create_run(work, "sources", run_id, **facts)
+    saved = any((folder.path / "checkpoints").glob("step_*.pt"))
+    with track(folder, config.tracking, tags={"medseg.step": what}, resume=begun) as tracker:
+        lungs = lungs_for(config, folder)
+        do(config, cohort, make_plan(config, cohort, lungs), folder, tracker, resume=saved, lungs=lungs)
 
 
 def score(bundle: Bundle, cohort: Cohort, option: str, seed: int) -> list[Row]:
