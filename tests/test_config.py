@@ -28,10 +28,13 @@ def test_shipped_configs_load_and_survive_a_round_trip(name: str) -> None:
         ("task.labels={a: 1, b: 3}", "label values"),
         ("model={name: densenet}", "model.name"),
         (
-            "plan.patch_size=[20, 16, 16]",
+            "model={name: dynunet, strides: [2, 2, 2]}\nplan.patch_size=[20, 16, 16]",
             r"patch_size: \(20, 16, 16\) does not fit dynunet.*set it to \(24, 16, 16\)",
         ),
-        ("plan.patch_size=[8, 8, 8]", r"more than one position at the bottom; set it to \(16, 8, 8\)"),
+        (
+            "model={name: segresnet}\nplan.patch_size=[8, 8, 8]",
+            r"more than one position at the bottom; set it to \(16, 8, 8\)",
+        ),
         ("model={name: dynunet, strides: [[2, 2], 2, 2]}", "task.spatial_dims: .*needs 3 numbers in each list"),
         ("model={name: dynunet, kernels: [3, 2, 3, 3]}", "odd"),
         ("seed", "field.path=value"),
@@ -41,7 +44,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(name: str) -> None:
 )
 def test_mistakes_are_named(override: str, field: str) -> None:
     with pytest.raises(UserError, match=field):
-        load_config("hippocampus", [override])
+        load_config("hippocampus", override.split("\n"))
 
 
 def test_overrides_reach_the_tree() -> None:

@@ -48,6 +48,11 @@ class NetworkConfig(Strict):
         return f"the size at which {self.variant} was published"
 
     @property
+    def pooled_by_plan(self) -> bool:
+        """Whether strides are left to the plan, which knows the spacing."""
+        return "strides" in type(self).model_fields and getattr(self, "strides", ()) is None
+
+    @property
     def smallest_size(self) -> int:
         """Fewest positions per axis that leave something to pool."""
         return 1

@@ -167,7 +167,7 @@ class Config(Strict):
     def _check_sizes(self) -> None:
         model, plan, dims = self.model, self.plan, self.task.spatial_dims
         _refuse("task.spatial_dims", model.dims_problem(dims))
-        if plan.patch_size is not None and len(plan.patch_size) == dims == 3:
+        if plan.patch_size is not None and len(plan.patch_size) == dims == 3 and not model.pooled_by_plan:
             _refuse("plan.patch_size", model.size_problem(plan.patch_size))
         if any(axis >= dims for axis in self.predict.mirror_axes):
             axes = f"0 to {dims - 1}"

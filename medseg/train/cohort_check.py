@@ -7,10 +7,12 @@ from medseg.cohort import Case, Cohort
 from medseg.config import Config, TaskConfig
 from medseg.files import UserError, read_json
 from medseg.label_sets import read_set
+from medseg.train.fingerprint import canonical_grids, target_spacing
+from medseg.train.pooling import completed, pool_by_axis
 
 
 def check_cohort(config: Config, cohort: Cohort) -> None:
-    """The cohort fits the task: channels, label names, and every class in the training split.
+    """The cohort fits the task: channels, label names, every class in the training split, and the patch that is set.
 
     Raises:
         UserError: naming the field, the case or the split that does not fit.
@@ -35,6 +37,24 @@ def check_cohort(config: Config, cohort: Cohort) -> None:
             _check_classes(cohort.folder / "cohort.csv", split, cases, task)
         if config.lungs is not None and config.lungs.mask != "none" and not config.lungs.model:
             _check_masks(cohort.folder / "cohort.csv", split, cases)
+    _check_patch(config, cohort)
+
+
+def planned_cases(config: Config, cohort: Cohort) -> tuple[Case, ...]:
+    """The cases that a plan is measured on."""
+    if config.train.fold is None:
+        return cohort.split("train")
+    return tuple(case for case in cohort.cases if case.split in ("train", "val"))
+
+
+def _check_patch(config: Config, cohort: Cohort) -> None:
+    """The network takes the config's patch; where it is pooled by the cohort's spacing, only this can tell."""
+    patch, spacing = config.plan.patch_size, config.plan.spacing_mm
+    if patch is None or not config.model.pooled_by_plan:
+        return
+    spacing = spacing or target_spacing(*canonical_grids(cohort, planned_cases(config, cohort)))[0]
+    if problem := completed(config.model, pool_by_axis(config.model, patch, spacing)).size_problem(patch):
+        raise UserError(f"plan.patch_size: {problem} (voxels of {' × '.join(f'{mm:g}' for mm in spacing)} mm).")
 
 
 def _labels_fit(task: TaskConfig, cohort: Cohort) -> bool:

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from medseg.cohort import Case, Cohort
+from medseg.cohort import Cohort
 from medseg.config import Config, ModelConfig, PlanConfig
 from medseg.data.lung_view import LungView
 from medseg.files import UserError, dump_json
@@ -21,7 +21,7 @@ from medseg.plan import Plan, write_plan
 from medseg.result import Result
 from medseg.train import probe
 from medseg.train.budget import Choice, Chooser
-from medseg.train.cohort_check import check_cohort
+from medseg.train.cohort_check import check_cohort, planned_cases
 from medseg.train.device import choose_device, device_name, free_memory_gb
 from medseg.train.draft import Draft, draft_plan
 from medseg.train.fingerprint import canonical_grids
@@ -120,7 +120,7 @@ def plan_key(config: Config, cohort: Cohort) -> str:
 
 
 def _draft(config: Config, cohort: Cohort) -> Draft:
-    drafted = draft_plan(config, cohort, _planned_cases(config, cohort))
+    drafted = draft_plan(config, cohort, planned_cases(config, cohort))
     fingerprint = {"key": plan_key(config, cohort), **drafted.plan.fingerprint}
     return replace(drafted, plan=replace(drafted.plan, fingerprint=fingerprint))
 
@@ -135,14 +135,7 @@ def matches_lungs(config: Config) -> bool:
 def _with_appearance(config: Config, cohort: Cohort, plan: Plan, lungs: LungView | None) -> Plan:
     """What images are matched to, measured last: on the grid that was chosen."""
     assert lungs is not None or not matches_lungs(config)
-    return with_appearance(plan, config.plan.appearance, cohort, _planned_cases(config, cohort), lungs)
-
-
-def _planned_cases(config: Config, cohort: Cohort) -> tuple[Case, ...]:
-    """The cases that a plan is measured on."""
-    if config.train.fold is None:
-        return cohort.split("train")
-    return tuple(case for case in cohort.cases if case.split in ("train", "val"))
+    return with_appearance(plan, config.plan.appearance, cohort, planned_cases(config, cohort), lungs)
 
 
 def _budget(fixed: PlanConfig, device: torch.device) -> tuple[float, str]:

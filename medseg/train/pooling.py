@@ -17,15 +17,14 @@ def pool_by_axis(model: ModelConfig, patch: Sequence[int], spacing_mm: Sequence[
     Returns:
         Nothing where the network has no such choice, or where halving every axis with kernels of 3 is right.
     """
-    fields = type(model).model_fields
-    if "strides" not in fields or getattr(model, "strides", ()) is not None or len(set(spacing_mm)) == 0:
+    if not model.pooled_by_plan or not spacing_mm:
         return {}
     steps = len(getattr(model, "channels", ())) - 1
     strides, kernels = stages_by_axis(patch, spacing_mm, steps)
     if all(set(stride) == {2} for stride in strides) and all(set(kernel) == {3} for kernel in kernels):
         return {}
     chosen: dict[str, Any] = {"strides": strides}
-    if "kernels" in fields and getattr(model, "kernels", ()) is None:
+    if "kernels" in type(model).model_fields and getattr(model, "kernels", ()) is None:
         chosen["kernels"] = kernels
     return chosen
 

@@ -18,6 +18,7 @@ from medseg.files import UserError
 from medseg.images import write_nifti
 from medseg.plan import Plan, read_plan, write_plan
 from medseg.train.budget import Chooser
+from medseg.train.cohort_check import check_cohort
 from medseg.train.device import peak_memory_gb
 from medseg.train.draft import draft_plan
 from medseg.train.fingerprint import measure_cohort, target_spacing
@@ -186,6 +187,19 @@ def test_a_network_pooled_by_axis_is_built_and_travels_in_the_config() -> None:
     filled = with_plan(config, plan)
     assert filled.model.size_problem(plan.patch_size) is None
     assert build_network(filled, plan)(torch.zeros(1, 1, *plan.patch_size)).shape == (1, 3, 32, 32, 6)
+
+
+def test_a_patch_is_held_against_the_pooling_that_the_spacing_gives(tmp_path: Path) -> None:
+    image = np.zeros((32, 32, 8), dtype=np.uint8)
+    label = np.ones(image.shape, dtype=np.uint8)
+    label[0] = 2
+    cohort = _cohort(tmp_path, image, label, "MR")
+    for case in cohort.cases:
+        write_nifti(tmp_path / case.images[0], Volume(image, np.diag([1.0, 1.0, 5.0, 1.0])))
+    network = "model={name: dynunet, channels: [4, 8, 8]}"
+    check_cohort(tiny_config(network, "plan.patch_size=[32, 32, 9]"), cohort)  # 5 mm slices are not pooled
+    with pytest.raises(UserError, match=r"set it to \(32, 32, 10\) \(voxels of 1 × 1 × 1 mm\)"):
+        check_cohort(tiny_config(network, "plan={patch_size: [32, 32, 9], spacing_mm: [1, 1, 1]}"), cohort)
 
 
 def test_candidates_grow_smaller_and_stay_legal(boxes: Cohort) -> None:
