@@ -136,7 +136,8 @@ def with_explanation(bundle: Bundle, folder: Path, explanation: Mapping[str, Any
     Raises:
         UserError: the folder cannot be written.
     """
-    facts = {**_facts_from(bundle), "explained_by": {**explanation["chosen"], "n": explanation["n"]}}
+    measured = {name: explanation[name] for name in ("n", "split")}
+    facts = {**_facts_from(bundle), "explained_by": {**explanation["chosen"], **measured}}
     return _rewritten(bundle, folder, facts, bundle.config, bundle.verdict, explanation)
 
 

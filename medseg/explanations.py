@@ -33,13 +33,14 @@ SCHEMA_VERSION = 1
 def add_ranking(bundle_dir: Path, cohort: Cohort, tracker: Tracker) -> dict[str, object]:
     """Compare the candidates of `explain.rank` on the validation split, and write the result into the bundle.
 
+    A fold is compared on its own part, which it has not seen.
+
     Returns:
-        `explain_method` and `explain_layer`; empty for folds and models that are no classifiers, where nothing is
-        explained, compared or checked, and where no map can be made, which is said on stderr.
+        `explain_method` and `explain_layer`; empty for models that are no classifiers, where nothing is explained,
+        compared or checked, and where no map can be made, which is said on stderr.
     """
     bundle = load_bundle(bundle_dir)
-    task, fold = bundle.config.task, bundle.config.train.fold
-    if task.kind != "classification" or fold is not None or not bundle.config.explain.max_cases:
+    if bundle.config.task.kind != "classification" or not bundle.config.explain.max_cases:
         return {}
     try:
         found = compare(bundle, load_network(bundle), cohort)
@@ -69,14 +70,42 @@ def compare(bundle: Bundle, net: nn.Module, cohort: Cohort) -> dict[str, Any]:
     measured = _measure(bundle, net, cohort, cases)
     if not any(found for one in measured.values() for found in one):
         return {}
+    known = [case.patient_id for case in cases]
+    owners = [list(dict.fromkeys(known)).index(patient) for patient in known]
+    return {"split": "val", "cohort_sha256": cohort.sha256, **_settled(measured, owners, config)}
+
+
+def pooled(folds: Sequence[Bundle]) -> dict[str, Any]:
+    """What `explanation.json` of joined folds holds: what each network's maps measured on cases that it has not seen.
+
+    Returns:
+        Empty where a fold was not measured, or the folds not at the same methods and layers.
+    """
+    found = [bundle.explanation for bundle in folds]
+    if not all("patients" in one for one in found):
+        return {}
+    by_fold = [{(row["method"], row["layer"]): row["figures"] for row in one["candidates"]} for one in found]
+    if any(one.keys() != by_fold[0].keys() for one in by_fold):
+        return {}
+    measured = {candidate: [case for one in by_fold for case in one[candidate]] for candidate in by_fold[0]}
+    numbers = [bundle.config.train.fold for bundle in folds]  # several seeds of one fold have its patients in common
+    owners = [(number, owner) for number, one in zip(numbers, found, strict=True) for owner in one["patients"]]
+    told = _settled(measured, [list(dict.fromkeys(owners)).index(owner) for owner in owners], folds[0].config.explain)
+    return {"split": "folds", "cohort_sha256": found[0]["cohort_sha256"], **told}
+
+
+def _settled(
+    measured: Mapping[Candidate, Sequence[Figures]], owners: Sequence[int], config: ExplainConfig
+) -> dict[str, Any]:
+    """The candidates with their figures, best first, and the one chosen. `owners`: a number for each case's patient."""
     ranked = rank_methods(measured, config.checks.seed)
+    rows = describe(ranked, measured, [f"{owner:09d}" for owner in owners], config.checks)
     return {
         "schema_version": SCHEMA_VERSION,
-        "split": "val",
-        "cohort_sha256": cohort.sha256,
-        "n": len(cases),
+        "n": len(owners),
+        "patients": list(owners),
         "chosen": {"method": ranked[0].method, "layer": ranked[0].layer},
-        "candidates": describe(ranked, measured, [case.patient_id for case in cases], config.checks),
+        "candidates": [{**row, "figures": list(measured[row["method"], row["layer"]])} for row in rows],
     }
 
 

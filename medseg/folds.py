@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from medseg.bundle import Bundle, load_bundle, read_weights
-from medseg.bundle_writing import check_target, copy_bundle, save_bundle
+from medseg.bundle_writing import check_target, copy_bundle, save_bundle, with_explanation
 from medseg.calibrations import out_of_fold_verdict
 from medseg.cohort import Cohort, read_cohort
 from medseg.config import Config, dump_config
 from medseg.evaluate import cross_validation, earned, trust
 from medseg.evaluate import step as evaluate_step
 from medseg.evaluate.outcomes import Outcome, read_outcomes
+from medseg.explanations import pooled as pooled_explanations
 from medseg.feature_distance import join_distances
 from medseg.files import UserError, write_text
 from medseg.plan import IMAGE_FIELDS, write_plan
@@ -149,6 +150,9 @@ def join(
             lungs=first.lungs,
             distance=join_distances([bundle.distance for bundle in bundles]),
         )
+        if explained := pooled_explanations(bundles):
+            with_explanation(load_bundle(bundle_dir), bundle_dir, explained)
+            tracker.set_tag("medseg.explained_by", "/".join(explained["chosen"].values()))
         tracker.log_params({"members": [bundle.run_id for bundle in bundles], "config": config.model_dump(mode="json")})
         tracker.log_metrics({name: float(v) for name, v in figures.items() if isinstance(v, int | float)}, step=0)
         tracker.log_bundle(bundle_dir, config.tracking.register_as)

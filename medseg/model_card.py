@@ -175,11 +175,12 @@ def _explanation_lines(chosen: Mapping[str, Any]) -> list[str]:
     """The section about activation maps, where they were measured."""
     if not chosen:
         return []
+    measured_on = "cases that their fold had not seen" if chosen.get("split") == "folds" else "validation cases"
     return [
         "## Explanations",
         "",
         f"Activation maps are made by `{chosen['method']}` at the layer `{chosen['layer']}`, which did best on "
-        f"{chosen['n']} validation cases; `explanation.json` has the figures of all that were compared.",
+        f"{chosen['n']} {measured_on}; `explanation.json` has the figures of all that were compared.",
         "",
     ]
 

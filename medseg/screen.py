@@ -12,7 +12,7 @@ from medseg.result import Result
 
 _UNITS = {"mm": "mm", "ml": "ml", "gb": "GB", "mb": "MB", "px": "px", "seconds": "s", "minutes": "min"}
 _NOT_SHOWN = {"sha256"}
-_ONLY_IF_ANY = {"resumed", "rejects", "rejected", "failed", "flagged", "done"}
+_ONLY_IF_ANY = {"resumed", "rejects", "rejected", "failed", "flagged", "done", "working_set_gb"}
 _FOR_MACHINES = {"cases_json", "summary"}
 _PER_LABEL = {
     "dice": "Dice",

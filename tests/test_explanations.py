@@ -14,8 +14,9 @@ from medseg.config import ExplainChecksConfig, ExplainConfig
 from medseg.explain.hooks import captured, stage_layers
 from medseg.explain.passmark import CHECKS
 from medseg.explain.ranking import describe, rank_methods
-from medseg.explanations import compare
+from medseg.explanations import compare, pooled
 from medseg.files import UserError, read_json
+from medseg.folds import as_trained
 from medseg.models import build_from_config, build_model
 from medseg.plan import Plan
 from medseg.predict import load_network
@@ -72,6 +73,34 @@ def test_every_method_at_every_stage_is_measured_and_the_best_one_chosen(tmp_pat
         load_bundle(made.folder)
 
 
+def test_folds_are_pooled_over_the_cases_that_each_has_not_seen(tmp_path: Path) -> None:
+    """As one ranking over all cases; a second seed of a fold brings no new patients."""
+    cohort, folds = radiograph_cohort(tmp_path / "cohort", 24), []
+    for name, number in (("a", 0), ("b", 1), ("c", 1)):
+        bundle = _untrained(tmp_path / name, f"train.fold={number}", f"seed={len(folds)}")
+        found = compare(bundle, load_network(bundle), as_trained(bundle.config, cohort))
+        folds.append(load_bundle(with_explanation(bundle, tmp_path / name, found)))
+    told = pooled(folds)
+    assert (told["n"], told["split"], told["patients"]) == (9, "folds", [0, 1, 2, 3, 4, 5, 3, 4, 5])
+    measured = {
+        (row["method"], row["layer"]): [
+            case
+            for fold in folds
+            for one in fold.explanation["candidates"]
+            if (one["method"], one["layer"]) == (row["method"], row["layer"])
+            for case in one["figures"]
+        ]
+        for row in told["candidates"]
+    }
+    best = rank_methods(measured)[0]
+    assert told["chosen"] == {"method": best.method, "layer": best.layer}
+    assert told["candidates"][0]["checks"]["insertion"]["n"] + told["candidates"][0]["no_evidence"] == 9
+    assert pooled([*folds, _untrained(tmp_path / "older")]) == {}
+    table = _explanations(told)
+    assert table is not None
+    assert "9 cases that the network of their fold had not seen" in table.note
+
+
 def test_a_named_method_is_measured_and_stays(tmp_path: Path) -> None:
     bundle, cohort = _untrained(tmp_path / "b", "explain.method=layercam"), radiograph_cohort(tmp_path / "cohort", 24)
     found = compare(bundle, load_network(bundle), cohort)
@@ -121,4 +150,4 @@ def test_maps_are_made_by_the_method_that_measured_best_in_training(tmp_path: Pa
     calibrations.run(trained.run_id or "", tmp_path / "elsewhere", tmp_path, out=tmp_path / "new")
     after = load_bundle(tmp_path / "new")
     assert after.explanation == bundle.explanation
-    assert after.facts["explained_by"] == {**chosen, "n": 3}
+    assert after.facts["explained_by"] == {**chosen, "n": 3, "split": "val"}

@@ -299,6 +299,7 @@ def _out_of_fold(run: Path) -> list[Path]:
 def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     cohort = radiograph_cohort(tmp_path / "cohort")
     sets = ("train.folds=2", "train.epochs=1", "verdict.min_cases=4", "verdict.min_per_class=2")
+    sets += ("explain.rank={cases: 2, methods: [gradcam, layercam]}",)
     runs = [
         road.train(tiny_radiograph_config(*sets, f"train.fold={fold}"), cohort.folder, tmp_path / "ws").run_id
         for fold in range(2)
@@ -308,6 +309,8 @@ def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     bundle = load_bundle(result.run_id, tmp_path / "ws")
     assert bundle.verdict is not None, "each case was seen by a network that had not learnt it"
     assert bundle.facts["calibration"] == {"method": "temperature", "id": bundle.verdict.id}
+    assert (bundle.explanation["split"], bundle.explanation["n"]) == ("folds", 4)
+    assert bundle.facts["explained_by"].items() >= bundle.explanation["chosen"].items()
     said = [read_json(path) for run in runs for path in _out_of_fold(find_run(tmp_path / "ws", run).path)]
     assert bundle.verdict.fitted["n"] == len(said) == sum(case.split != "test" for case in cohort.cases)
     truth = {case.case_id: case.target == "tb" for case in cohort.cases}

@@ -4,13 +4,13 @@ A_BCDHW: activations of the layer; g_BCDHW: gradient of the score with respect t
 normalisation, so that "no evidence" (all zero) can be told from strong evidence, and maps of cases compare.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from medseg.config import MethodConfig
-from medseg.explain.hooks import captured, first_output
+from medseg.explain.hooks import captured, first_output, side_by_side
 from medseg.explain.targets import Score
 from medseg.files import UserError
 
@@ -64,15 +64,15 @@ def from_layer(
 
 
 def activation_and_gradient(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: str) -> tuple[Tensor, Tensor]:
-    """A_BCDHW and g_BCDHW of a layer; `net` must be frozen.
+    """A_BCDHW and g_BCDHW of a layer; `net` must be frozen. The layers of joined networks are one with all channels.
 
     Raises:
         UserError: the layer did not run, has no place in the image, or does not lead to the score.
     """
     with captured(net, layer) as activation:
         scores = score(first_output(net(leaf_of(x_BCDHW).clone())))
-    A_BCDHW = placed(activation.value, x_BCDHW, layer)
-    return A_BCDHW.detach(), gradient_of(scores, A_BCDHW, layer)
+    parts = [placed(part, x_BCDHW, layer) for part in activation.parts]
+    return side_by_side([A.detach() for A in parts]), side_by_side(gradients_of(scores, parts, layer))
 
 
 def placed(A_BCDHW: Tensor | None, x_BCDHW: Tensor, layer: str) -> Tensor:
@@ -90,7 +90,7 @@ def input_gradient(net: nn.Module, x_BCDHW: Tensor, score: Score, layer: str, co
     leaf = leaf_of(x_BCDHW)
     # a copy goes in: a network that changes its input in place must not change the leaf
     scores = score(first_output(net(leaf.clone())))
-    return gradient_of(scores, leaf, "input").abs().amax(1)
+    return gradients_of(scores, [leaf], "input")[0].abs().amax(1)
 
 
 def leaf_of(x_BCDHW: Tensor) -> Tensor:
@@ -98,9 +98,10 @@ def leaf_of(x_BCDHW: Tensor) -> Tensor:
     return x_BCDHW.detach().clone().requires_grad_()
 
 
-def gradient_of(scores: Tensor, at: Tensor, name: str) -> Tensor:
+def gradients_of(scores: Tensor, at: Sequence[Tensor], name: str) -> list[Tensor]:
     """d(score of sample b)/d(at of sample b): in evaluation mode samples do not mix, so the sum's gradient holds it."""
-    found = torch.autograd.grad(scores.sum(), at, allow_unused=True)[0] if at.requires_grad else None
-    if found is None:
-        raise UserError(f"explain.layer {name!r} does not lead to the score of the target; choose another.")
-    return found
+    if all(one.requires_grad for one in at):
+        found = torch.autograd.grad(scores.sum(), list(at), allow_unused=True)
+        if (known := [g for g in found if g is not None]) and len(known) == len(at):
+            return known
+    raise UserError(f"explain.layer {name!r} does not lead to the score of the target; choose another.")

@@ -4,15 +4,17 @@ Shape legend: B batch, C channels, K classes, D H W the spatial axes in array or
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medseg.files import UserError
+from medseg.models.ensemble import Ensemble
 
 
 @contextmanager
@@ -61,9 +63,21 @@ def run_order(net: nn.Module) -> Iterator[list[str]]:
 
 @dataclass
 class Activation:
-    """What a layer put out when the network last ran; `value` is part of the graph, None before the first run."""
+    """What a layer put out when the network last ran: of joined networks one part each, in the graph, None before the
+    first run."""
 
-    value: Tensor | None = None
+    parts: list[Tensor | None]
+
+    @property
+    def value(self) -> Tensor | None:
+        """The parts side by side, as the channels of one layer; None where one has not run."""
+        ran = [part for part in self.parts if part is not None]
+        return None if len(ran) < len(self.parts) else side_by_side(ran)
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """(B, C, *space) of each network as (B, sum of C, *space); one part is returned as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 @contextmanager
@@ -71,27 +85,39 @@ def captured(net: nn.Module, layer: str) -> Iterator[Activation]:
     """Capture the output of the module called `layer`; its hook is removed whatever happens inside.
 
     The rest of the network gets a copy, so that an in-place activation behind the layer cannot overwrite what was
-    captured. A module that runs several times is captured at its last run.
+    captured. A module that runs several times is captured at its last run. Of joined networks, a name inside each of
+    them means that layer of all.
 
     Raises:
         UserError: there is no such module.
     """
-    modules = dict(net.named_modules())
-    if layer not in modules:
-        raise UserError(f"explain.layer {layer!r} is no module of the network; {_suggest(layer, modules)}")
-    activation = Activation()
+    found = _modules_called(net, layer)
+    activation = Activation([None] * len(found))
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: object) -> object:
+    def keep(number: int, module: nn.Module, inputs: tuple[Any, ...], output: object) -> object:
         if not isinstance(output, Tensor):
             raise UserError(f"explain.layer {layer!r} puts out no tensor but {type(output).__name__}; choose another.")
-        activation.value = output
+        activation.parts[number] = output
         return output.clone()
 
-    handle = modules[layer].register_forward_hook(keep)
+    handles = [module.register_forward_hook(partial(keep, number)) for number, module in enumerate(found)]
     try:
         yield activation
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _modules_called(net: nn.Module, layer: str) -> list[nn.Module]:
+    modules = dict(net.named_modules())
+    if layer in modules:
+        return [modules[layer]]
+    if isinstance(net, Ensemble):
+        inside = [dict(member.named_modules()) for member in net.members]
+        if all(layer in names for names in inside):
+            return [names[layer] for names in inside]
+        modules = inside[0]
+    raise UserError(f"explain.layer {layer!r} is no module of the network; {_suggest(layer, modules)}")
 
 
 def first_output(output: object) -> Tensor:
@@ -112,7 +138,7 @@ def logits_and_layer(net: nn.Module, x_BCDHW: Tensor, layer: str) -> tuple[Tenso
             `bottleneck`: the module with the fewest positions, more than one; of several the last.
 
     Returns:
-        Logits (B, K) or (B, K, *space), and the dotted name.
+        Logits (B, K) or (B, K, *space), and the dotted name; of joined networks that inside each of them.
 
     Raises:
         UserError: no module has a spatial output.
@@ -140,9 +166,13 @@ def stage_layers(net: nn.Module, x_BCDHW: Tensor, count: int) -> list[str]:
 
 
 def _spatial_runs(net: nn.Module, x_BCDHW: Tensor) -> tuple[Tensor, list[tuple[str, tuple[int, ...]]]]:
-    """Logits, and the modules with spatial output before the head, in the order in which they ran, with its shape."""
+    """Logits, and the modules with spatial output before the head, in the order in which they ran, with its shape.
+
+    Joined networks are built alike, so the modules of the first stand for all.
+    """
     runs: list[tuple[str, tuple[int, ...]]] = []
-    handles = [module.register_forward_hook(_recorder(name, runs)) for name, module in net.named_modules() if name]
+    part = net.members[0] if isinstance(net, Ensemble) else net
+    handles = [module.register_forward_hook(_recorder(name, runs)) for name, module in part.named_modules() if name]
     try:
         with torch.no_grad():
             logits = first_output(net(x_BCDHW))

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from medseg.explain.hooks import frozen, run_order
+from medseg.models.ensemble import Ensemble
 
 
 def cascade(
@@ -15,15 +17,18 @@ def cascade(
 ) -> Iterator[nn.Module]:
     """Copies of `net`, which itself is not touched: each stage has a further part randomised, the last one all.
 
-    Modules are taken in reverse of the order in which they run for this image. Each of their parameters is drawn
-    from a normal distribution of its own mean and standard deviation, so that the scale of the activations stays.
-    Running statistics stay as they are.
+    Modules are taken in reverse of the order in which they run for this image, of joined networks those of all at
+    once. Each of their parameters is drawn from a normal distribution of its own mean and standard deviation, so that
+    the scale of the activations stays. Running statistics stay as they are.
 
     Args:
         order: what `run_order` has seen of such an image; by default the network runs once to find out.
     """
     copied = copy.deepcopy(net)
-    modules = [copied.get_submodule(name) for name in reversed(order or _in_order(copied, x_1CDHW))]
+    order = order or _in_order(copied, x_1CDHW)
+    if isinstance(copied, Ensemble):
+        order = _side_by_side(order)
+    modules = [copied.get_submodule(name) for name in reversed(order)]
     generator = torch.Generator().manual_seed(seed)
     for part in np.array_split(np.arange(len(modules)), min(stages, max(1, len(modules)))):
         for index in part:
@@ -36,6 +41,14 @@ def _in_order(net: nn.Module, x_1CDHW: Tensor) -> list[str]:
     with frozen(net), torch.no_grad(), run_order(net) as ran:
         net(x_1CDHW.clone())
     return ran
+
+
+def _side_by_side(order: Sequence[str]) -> list[str]:
+    """The first module of each member, then the second of each."""
+    members: dict[str, list[str]] = {}
+    for name in order:
+        members.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    return [name for names in zip_longest(*members.values()) for name in names if name is not None]
 
 
 def _redraw(weight: nn.Parameter, generator: torch.Generator) -> None:

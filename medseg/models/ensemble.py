@@ -8,8 +8,7 @@ from torch import Tensor, nn
 class Ensemble(nn.Module):
     """Networks of one task; x -> the mean of their logits, summed one network after another.
 
-    They have no layer in common: what is explained at the layer `last` is the mean of the logits as far as it depends
-    on that layer of the last member.
+    An activation map takes a layer of all members as one layer with all their channels (`medseg.explain.hooks`).
 
     Args:
         members: in evaluation each returns one tensor of logits, all of one shape.

@@ -133,7 +133,7 @@ def _recipe(about: Mapping[str, Any], settings: Mapping[str, Any], folder: Path)
 
 
 def _explanations(measured: Mapping[str, Any]) -> page.Table | None:
-    """How the activation maps of every method compared did on the validation split."""
+    """How the activation maps of every method compared did on cases that the network, or its fold's, had not seen."""
     candidates: Sequence[Mapping[str, Any]] = measured.get("candidates") or ()
     if not candidates:
         return None
@@ -144,8 +144,10 @@ def _explanations(measured: Mapping[str, Any]) -> page.Table | None:
         figures = ({**found, "mean": found["score"]}, *shares)
         cells = (page.estimate(figure, 2) for figure in figures)
         rows.append((page.words(found["method"]), page.words(found["layer"]), *cells))
+    unseen = "that the network of their fold had not seen"
+    where = unseen if measured["split"] == "folds" else f"of the split “{measured['split']}”"
     note = (
-        f"On {measured['n']} cases of the split “{measured['split']}”, with 95 % intervals. The score is the share of "
+        f"On {measured['n']} cases {where}, with 95 % intervals. The score is the share of "
         "the other candidates that a map beats, averaged over checks and cases; then the share of maps that pass each "
         f"check. Maps are made by {measured['chosen']['method']} where the config says auto."
     )

@@ -88,7 +88,14 @@ def predict_and_explain(
         return result
     maps = _explain(bundle, predictor.net, scans, out, split)
     partial = "partial" in (result.status, maps.status)
-    return replace(result, status="partial" if partial else "done", paths={**result.paths, **maps.paths})
+    told = {"explain_seconds": maps.figures["seconds"], "maps": maps.figures["maps"]}
+    told["maps_that_fail_a_check"] = maps.figures["failed_checks"]
+    return replace(
+        result,
+        status="partial" if partial else "done",
+        paths={**result.paths, **maps.paths},
+        figures={**result.figures, **told},
+    )
 
 
 def _given(paths: list[Path]) -> Cohort | list[Path]:

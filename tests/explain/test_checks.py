@@ -24,6 +24,7 @@ from medseg.explain.perturb import Probe, deletion_insertion, road
 from medseg.explain.randomise import cascade
 from medseg.explain.summary import share_passing, summarise
 from medseg.explain.targets import Score
+from medseg.models.ensemble import Ensemble
 
 SIDE = 24
 
@@ -199,6 +200,14 @@ def test_randomisation_goes_from_the_top_and_leaves_the_network() -> None:
     assert changed == [{"3.weight", "3.bias"}, {"3.weight", "3.bias"}, {"3.weight", "3.bias", "0.weight", "0.bias"}]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_randomisation_of_joined_networks_goes_from_the_top_of_all() -> None:
+    net = Ensemble([nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)) for _ in range(2)]).eval()
+    before = copy.deepcopy(net.state_dict())
+    first = next(iter(cascade(net, torch.randn(1, 1, 12, 12), stages=2))).state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(first[name], value)}
+    assert changed == {f"members.{k}.2.{what}" for k in (0, 1) for what in ("weight", "bias")}
 
 
 def test_an_order_that_was_seen_before_spares_a_pass_and_changes_nothing() -> None:

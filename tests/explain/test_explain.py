@@ -13,6 +13,7 @@ from medseg.explain.gradients import gradcam, hirescam
 from medseg.explain.hooks import captured, frozen, logits_and_layer
 from medseg.files import UserError
 from medseg.models import build_model
+from medseg.models.ensemble import Ensemble
 
 CAMS = ("gradcam", "gradcampp", "hirescam", "layercam", "eigencam", "scorecam")
 
@@ -73,6 +74,30 @@ def test_pooled_net_grad_cam_is_hires_cam_is_cam(dims: int) -> None:
     torch.testing.assert_close(hires, cam)
     torch.testing.assert_close(explain(net, x, "gradcam", 2, "last", size="layer"), cam.relu())
     torch.testing.assert_close(hires.flatten(1).sum(1) + net.head.bias[2], logit)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmenter"])
+def test_joined_networks_are_explained_by_the_layer_of_all(kind: str) -> None:
+    """The score is the mean of the members', so HiResCAM, which is linear in it, is the mean of their maps."""
+    nets = [PooledNet(3) if kind == "classifier" else _small_unet() for _ in range(3)]
+    together, x = Ensemble(nets), _image(3)
+    region = torch.rand(2, 16, 16, 16) > 0.5 if kind == "segmenter" else None
+    found = explain(together, x, "hirescam", 1, "last", region_BDHW=region, size="layer")
+    alone = [explain(net, x, "hirescam", 1, "last", region_BDHW=region, size="layer") for net in nets]
+    torch.testing.assert_close(found, sum(alone) / 3)
+    assert logits_and_layer(together, x, "last")[1] == logits_and_layer(nets[0], x, "last")[1]
+    one = explain(together, x, "hirescam", 1, "members.2." + logits_and_layer(nets[0], x, "last")[1],
+                  region_BDHW=region, size="layer")  # fmt: skip
+    torch.testing.assert_close(one, alone[2] / 3)
+    assert not any(module._forward_hooks for module in together.modules())
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "layercam", "scorecam", "fullgrad", "gradients"])
+def test_a_network_joined_with_itself_has_its_own_map(method: str) -> None:
+    net, x = PooledNet(2), _image(2)
+    found = explain(Ensemble([net, copy.deepcopy(net)]), x, method, 1, "last")
+    torch.testing.assert_close(found, explain(net, x, method, 1, "last"))
+    assert float(found.abs().max()) > 0
 
 
 def test_linear_net_has_its_known_maps() -> None:
