@@ -125,9 +125,13 @@ def _draw_one(case_id: str, result: Mapping[str, Any], folder: Path, *, with_vie
 
 
 def _previews(place: Path, mask: Path | None, explanation: Path | None, overlay: Path) -> tuple[Picture, ...]:
+    """The preview that `predict` left, and the map; a preview without a mask is the map's first panel."""
     preview = place / "preview.png"
-    pictures = [embedded(preview, f"Preview of {place.name}.")] if preview.is_file() else []
-    if explanation is not None and not is_withheld(explanation):
+    mapped = explanation is not None and not is_withheld(explanation)
+    pictures = []
+    if preview.is_file() and (mask is not None or not mapped):
+        pictures.append(embedded(preview, f"Preview of {place.name}."))
+    if explanation is not None and mapped:
         scene = load_map(explanation, mask, preview, lungs_of(place))
         write_bytes(overlay, draw_scene(scene, {}, f"{place.name} · activation map"))
         pictures.append(embedded(overlay, f"Activation map of {place.name}."))
@@ -165,7 +169,7 @@ def _facts(rows: Sequence[Row], bundle: Mapping[str, Any]) -> list[tuple[str, st
         ("Model", str(bundle.get("name") or "")),
         ("Bundle", str(bundle.get("sha256") or "")[:12]),
         ("Trained in run", str(bundle.get("run_id") or "")),
-        ("Time", f"{seconds / 60:.1f} min" if seconds else ""),
+        ("Time", (f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s") if seconds else ""),
     ]
     return [(name, value) for name, value in facts if value]
 

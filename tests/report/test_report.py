@@ -378,6 +378,22 @@ def batch_folder(root: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+def test_a_preview_without_a_mask_is_not_shown_beside_the_map_that_holds_it(tmp_path: Path, segmented: bool) -> None:
+    place, heat = batch_folder(tmp_path) / "ok-1", np.zeros((20, 60), np.float32)
+    heat[3:9, 20:30] = 1.0
+    (place / "explanation").mkdir()
+    np.save(place / "explanation" / "map.npy", heat)
+    about = {"method": "gradcam", "layer": "last", "target": "left", "raw_min": 0.0, "raw_max": 1.0, "evidence": True}
+    write_json(place / "explanation" / "explanation.json", about)
+    if segmented:
+        write_png(place / "mask.png", (heat > 0).astype(np.uint8))
+    shown = read_page(run(ReportConfig(), tmp_path).paths["report"]).values("alt")
+    assert shown.count("Activation map of ok-1.") == 1
+    assert shown.count("Preview of ok-1.") == (1 if segmented else 0)
+    assert shown.count("Preview of ok-2.") == 1
+
+
 def test_predictions_page_puts_first_what_needs_a_look(tmp_path: Path) -> None:
     result = run(ReportConfig(max_cases=2), batch_folder(tmp_path))
     reader = read_page(result.paths["report"])
