@@ -1,5 +1,6 @@
 """Which activation maps explain a classifier best: measured when it is trained, and carried in its bundle."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,8 +66,9 @@ def compare(bundle: Bundle, net: nn.Module, cohort: Cohort) -> dict[str, Any]:
     Raises:
         UserError: no map can be made of this network, or an image is missing or damaged.
     """
-    config = bundle.config.explain
-    cases = sample_cases([case for case in cohort.cases if case.split == "val" and case.target], config.rank.cases)
+    config, train = bundle.config.explain, bundle.config.train
+    most = config.rank.cases if train.fold is None else math.ceil(config.rank.cases / train.folds)
+    cases = sample_cases([case for case in cohort.cases if case.split == "val" and case.target], most)
     measured = _measure(bundle, net, cohort, cases)
     if not any(found for one in measured.values() for found in one):
         return {}

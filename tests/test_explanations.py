@@ -77,11 +77,12 @@ def test_folds_are_pooled_over_the_cases_that_each_has_not_seen(tmp_path: Path) 
     """As one ranking over all cases; a second seed of a fold brings no new patients."""
     cohort, folds = radiograph_cohort(tmp_path / "cohort", 24), []
     for name, number in (("a", 0), ("b", 1), ("c", 1)):
-        bundle = _untrained(tmp_path / name, f"train.fold={number}", f"seed={len(folds)}")
+        sets = (f"train.fold={number}", "train.folds=2", f"seed={len(folds)}")
+        bundle = _untrained(tmp_path / name, *sets)
         found = compare(bundle, load_network(bundle), as_trained(bundle.config, cohort))
         folds.append(load_bundle(with_explanation(bundle, tmp_path / name, found)))
     told = pooled(folds)
-    assert (told["n"], told["split"], told["patients"]) == (9, "folds", [0, 1, 2, 3, 4, 5, 3, 4, 5])
+    assert (told["n"], told["split"], told["patients"]) == (6, "folds", [0, 1, 2, 3, 2, 3])
     measured = {
         (row["method"], row["layer"]): [
             case
@@ -94,11 +95,11 @@ def test_folds_are_pooled_over_the_cases_that_each_has_not_seen(tmp_path: Path) 
     }
     best = rank_methods(measured)[0]
     assert told["chosen"] == {"method": best.method, "layer": best.layer}
-    assert told["candidates"][0]["checks"]["insertion"]["n"] + told["candidates"][0]["no_evidence"] == 9
+    assert told["candidates"][0]["checks"]["insertion"]["n"] + told["candidates"][0]["no_evidence"] == 6
     assert pooled([*folds, _untrained(tmp_path / "older")]) == {}
     table = _explanations(told)
     assert table is not None
-    assert "9 cases that the network of their fold had not seen" in table.note
+    assert "6 cases that the network of their fold had not seen" in table.note
 
 
 def test_a_named_method_is_measured_and_stays(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_folds_of_a_classifier_join_too(tmp_path: Path) -> None:
     bundle = load_bundle(result.run_id, tmp_path / "ws")
     assert bundle.verdict is not None, "each case was seen by a network that had not learnt it"
     assert bundle.facts["calibration"] == {"method": "temperature", "id": bundle.verdict.id}
-    assert (bundle.explanation["split"], bundle.explanation["n"]) == ("folds", 4)
+    assert (bundle.explanation["split"], bundle.explanation["n"]) == ("folds", 2)
     assert bundle.facts["explained_by"].items() >= bundle.explanation["chosen"].items()
     said = [read_json(path) for run in runs for path in _out_of_fold(find_run(tmp_path / "ws", run).path)]
     assert bundle.verdict.fitted["n"] == len(said) == sum(case.split != "test" for case in cohort.cases)

@@ -102,7 +102,8 @@ class RankConfig(Strict):
     """What is compared, when a classifier has been trained, to find out which maps explain it best.
 
     `cases` of the validation split, dealt evenly over classes and sites, are explained by each of `methods` at the
-    layers that end the `stages` coarsest resolutions; 0 cases compare nothing.
+    layers that end the `stages` coarsest resolutions; 0 cases compare nothing. Folds share the cases between them, as
+    many for each.
     """
 
     cases: Annotated[int, Field(ge=0)] = 6
