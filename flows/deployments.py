@@ -58,6 +58,7 @@ OFFERS = (
     _Offer(steps.ingest_flow, {"sources": ["incoming"], "cohort": "cohorts/incoming"}, "0 20 * * *", 1),
     _Offer(steps.plan_flow, {"config": "hippocampus", "cohort": _COHORT}),
     _Offer(steps.train_flow, {"config": "hippocampus", "cohort": _COHORT}, "0 22 * * 6", 1),
+    _Offer(steps.pretrain_flow, {"config": "tb_lungs_box", "cohort": "cohorts/tb"}),
     _Offer(steps.cross_validate_flow, {"config": "hippocampus", "cohort": _COHORT}),
     _Offer(compare.compare_flow, {"cohort": "cohorts/tb", "lungs_cohort": "cohorts/lungs"}, at_once=1),
     _Offer(steps.evaluate_flow, {"model": _MODEL, "cohort": _COHORT}),

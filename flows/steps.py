@@ -106,6 +106,36 @@ def train_flow(
     return leave_artifacts(call_step("train", place, step, gpu=True), place)
 
 
+@flow(name="medseg-pretrain", flow_run_name=name_new_run, **FLOW_OPTIONS)
+def pretrain_flow(
+    config: str,
+    cohort: str,
+    overrides: list[str] | None = None,
+    workspace: str | None = None,
+    resume: str | None = None,
+    run_id: str | None = None,
+) -> Result:
+    """Train an encoder on radiographs without labels as one run; `model.weights` of a training takes its weights.
+
+    Args:
+        config: path or name of the config.
+        cohort: folder of the cohort.
+        overrides: `a.b=c`, as `--set` takes them.
+        workspace: by default `MEDSEG_WORKSPACE`.
+        resume: id of the run to go on with.
+        run_id: id for the new run; by default a new one.
+    """
+    place = workspace_folder(workspace)
+    identity, tags = current_run_id(), prefect_tags()
+    again = resume or (identity if can_go_on(place, identity) else None)
+
+    def step() -> Result:
+        resolved = road.load(config, overrides or [])
+        return road.pretrain(resolved, Path(cohort), place, resume=again, run_id=identity, tags=tags)
+
+    return leave_artifacts(call_step("pretrain", place, step, gpu=True), place)
+
+
 @flow(name="medseg-cross-validate", flow_run_name=name_new_run, **FLOW_OPTIONS)
 def cross_validate_flow(
     config: str,
@@ -114,6 +144,7 @@ def cross_validate_flow(
     workspace: str | None = None,
     run_id: str | None = None,
     seeds: int = 1,
+    pretrain_epochs: int = 0,
 ) -> Result:
     """Train every fold as a run of its own, one after another, then join them into one model.
 
@@ -127,6 +158,7 @@ def cross_validate_flow(
         workspace: by default `MEDSEG_WORKSPACE`.
         run_id: id for the run of the joined model, from which those of the folds follow; by default a new one.
         seeds: how many networks each fold has, trained with the config's seed and those after it.
+        pretrain_epochs: so long each network learns from its own training images without their labels first.
     """
     place, identity, sets = workspace_folder(workspace), current_run_id(), overrides or []
     settings, runs = road.load(config, sets), []
@@ -134,6 +166,11 @@ def cross_validate_flow(
         runs.append(f"{identity}-fold{fold}" + (f"-seed{settings.seed + more}" if more else ""))
         if not folds.is_measured(place, runs[-1]):
             mine = [*sets, f"train.fold={fold}", f"seed={settings.seed + more}"]
+            if pretrain_epochs:
+                before = f"{identity}-pretrain{runs[-1].removeprefix(identity)}"
+                longer = [*mine, f"train.epochs={pretrain_epochs}"]
+                encoder = pretrain_flow(config, cohort, longer, str(place), run_id=before)
+                mine.append(f"model.weights={encoder.paths['weights']}")
             train_flow(config, cohort, mine, str(place), run_id=runs[-1])
     of = Path(cohort)
     joined = call_step("join", place, lambda: folds.join(runs, place, cohort=of, run_id=identity), restartable=True)

@@ -124,13 +124,23 @@ def train(
     return result.write(folder.path)
 
 
-def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str | None = None) -> Result:
+def pretrain(
+    config: Config,
+    cohort_dir: Path,
+    workspace: Path,
+    *,
+    resume: str | None = None,
+    run_id: str | None = None,
+    tags: dict[str, str] | None = None,
+) -> Result:
     """Train the encoder of a config on the cohort's training images without their labels, as a run of its own.
 
     With `train.fold` these are the training images of that fold: what measures it is not looked at.
 
     Args:
         resume: id of the run to go on with.
+        run_id: identity given from outside (a flow run), for a new run.
+        tags: more tags for the run in MLflow.
 
     Raises:
         UserError: the config to resume with differs from the run's, or cannot be pretrained.
@@ -147,11 +157,12 @@ def pretrain(config: Config, cohort_dir: Path, workspace: Path, *, resume: str |
     else:
         facts = {"step": "pretrain", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
         name = f"pretrain-{config.name}" + (f"-fold{part['fold']}" if part else "")
-        folder = create_run(workspace, name, None, **facts)
+        folder = create_run(workspace, name, run_id, **facts)
     lungs = lungs_for(config, folder)
     made = folder.path / "plan.yaml"
     chosen = read_plan(made) if made.is_file() else make_plan(config, cohort, lungs)
-    with track(folder, config.tracking, tags={"medseg.step": "pretrain"}, resume=bool(resume)) as tracker:
+    tags = {"medseg.step": "pretrain", **(tags or {})}
+    with track(folder, config.tracking, tags=tags, resume=bool(resume)) as tracker:
         if not resume:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "pretrain")

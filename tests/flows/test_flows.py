@@ -16,12 +16,13 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.flow_engine import run_flow
 from prefect.settings import get_current_settings
-from synthetic import TINY, segmentation_cohort
+from synthetic import TINY, radiograph_cohort, segmentation_cohort
 
 import flows
 from flows import attempts, road, steps
 from flows.identity import can_go_on, name_new_run
 from medseg.cohort import read_cohort
+from medseg.config import load_config
 from medseg.files import UserError, read_json
 from medseg.predict import step as predict_step
 from medseg.result import Result
@@ -254,3 +255,24 @@ def test_a_cross_validation_trains_each_fold_and_joins_them_under_its_own_name(
     assert can_go_on(workspace, "crossed")
     steps.cross_validate_flow("hippocampus", cohort, sets, str(workspace), run_id="crossed")
     assert history.stat().st_mtime_ns == before, "a finished fold is not trained again"
+
+
+@pytest.mark.slow
+def test_each_fold_can_learn_from_its_own_images_without_labels_first(prefect_server: Path, tmp_path: Path) -> None:
+    cohort = str(radiograph_cohort(tmp_path / "cohort", 24).folder)
+    sets = ["model={name: densenet, init_features: 8, growth_rate: 4, block_config: [2, 2]}", "train.folds=2"]
+    sets += ["plan={size_px: 32, batch_size: 4}", "pretrain.width=16", "train.epochs=1", "explain.max_cases=0"]
+    given = ("tb_radiograph", cohort, [*sets, 'tracking.register_as=""'], str(tmp_path))
+    steps.cross_validate_flow(*given, run_id="crossed", pretrain_epochs=2)
+    runs, encoders = tmp_path / "runs", {}
+    for fold in range(2):
+        first, then = runs / f"crossed-pretrain-fold{fold}", runs / f"crossed-fold{fold}"
+        assert [read_json(run / "run.json")["fold"] for run in (first, then)] == [fold, fold]
+        encoders[first] = (first / "encoder.safetensors").read_bytes()
+        assert load_config(then / "config.yaml").model.weights == str(first / "encoder.safetensors")
+        assert load_config(first / "config.yaml").train.epochs == 2
+    assert set(flow_runs("crossed-pretrain-fold1")) == {"medseg-pretrain"}
+    (runs / "crossed-fold1" / "evaluation" / "val" / "evaluate.json").unlink()
+    again = steps.cross_validate_flow(*given, run_id="crossed", pretrain_epochs=2)
+    assert len(read_json(again.paths["bundle"] / "bundle.json")["members"]) == 2
+    assert all((run / "encoder.safetensors").read_bytes() == before for run, before in encoders.items())
