@@ -1,6 +1,6 @@
 """From scans to a trained model: ingest, plan, train."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from medseg.files import DiskError, UserError
 from medseg.plan import Plan, read_plan, write_plan
 from medseg.result import Result
 from medseg.road.sources import at_hand
-from medseg.runs import RunFolder, create_run, find_run
+from medseg.runs import RunFolder, create_run, find_run, read_run
 
 if TYPE_CHECKING:
     from medseg.data.lung_view import LungView
@@ -77,7 +77,7 @@ def train(
 
     Args:
         resume: id of the run to go on with.
-        run_id: identity given from outside (a flow run), for a new run.
+        run_id: identity given from outside (a flow run), for a new run, or one that ended before its first checkpoint.
         tags: more tags for the run in MLflow.
 
     Raises:
@@ -103,12 +103,13 @@ def train(
             load_lung_model(config.lungs.model, workspace, "lungs.model")  # a wrong name is told before there is a run
         facts = {"step": "train", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
         name = f"{config.name}-fold{part['fold']}" if part else config.name
-        folder = create_run(workspace, name, run_id, **facts)
+        folder = _begun(workspace, run_id, facts) or create_run(workspace, name, run_id, **facts)
+    again = bool(resume) or "mlflow_run_id" in read_run(folder)
     lungs = lungs_for(config, folder)
     chosen = _read_plan(config, cohort, folder, lungs)
     tags = {"medseg.step": "train", **{f"medseg.{name}": str(n) for name, n in part.items()}, **(tags or {})}
-    with track(folder, config.tracking, tags=tags, resume=bool(resume)) as tracker:
-        if not resume:
+    with track(folder, config.tracking, tags=tags, resume=again) as tracker:
+        if not again:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "train")
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
@@ -139,8 +140,7 @@ def pretrain(
 
     Args:
         resume: id of the run to go on with.
-        run_id: identity given from outside (a flow run), for a new run.
-        tags: more tags for the run in MLflow.
+        run_id, tags: as in `train`.
 
     Raises:
         UserError: the config to resume with differs from the run's, or cannot be pretrained.
@@ -157,18 +157,30 @@ def pretrain(
     else:
         facts = {"step": "pretrain", "seed": config.seed, "cohort_sha256": cohort.sha256, **part}
         name = f"pretrain-{config.name}" + (f"-fold{part['fold']}" if part else "")
-        folder = create_run(workspace, name, run_id, **facts)
+        folder = _begun(workspace, run_id, facts) or create_run(workspace, name, run_id, **facts)
+    again = bool(resume) or "mlflow_run_id" in read_run(folder)
     lungs = lungs_for(config, folder)
     made = folder.path / "plan.yaml"
     chosen = read_plan(made) if made.is_file() else make_plan(config, cohort, lungs)
     tags = {"medseg.step": "pretrain", **(tags or {})}
-    with track(folder, config.tracking, tags=tags, resume=bool(resume)) as tracker:
-        if not resume:
+    with track(folder, config.tracking, tags=tags, resume=again) as tracker:
+        if not again:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_cohort(cohort, "pretrain")
         result = step.run(config, cohort, chosen, folder, tracker, resume=bool(resume), lungs=lungs)
         tracker.log_artifact(result.paths["history"])
     return result
+
+
+def _begun(workspace: Path, run_id: str | None, facts: Mapping[str, object]) -> RunFolder | None:
+    """The run of that id, where one of the same facts was ended before it had anything to go on from."""
+    if run_id is None or not (workspace / "runs" / run_id / "run.json").is_file():
+        return None
+    found = find_run(workspace, run_id)
+    about, checkpoints = read_run(found), found.path / "checkpoints"
+    same = all(about.get(name) == value for name, value in facts.items())
+    kept = (found.path / "bundle").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    return found if same and not kept else None
 
 
 def lungs_for(config: Config, folder: RunFolder) -> "LungView | None":

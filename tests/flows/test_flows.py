@@ -26,7 +26,7 @@ from medseg.config import load_config
 from medseg.files import UserError, read_json
 from medseg.predict import step as predict_step
 from medseg.result import Result
-from medseg.runs import find_run, read_run
+from medseg.runs import create_run, find_run, read_run
 
 NAME = "DOE^JOHN"
 SETS = [*TINY, "train.epochs=1", "explain.max_cases=1", "report={max_cases: 1, viewer_cases: 0}"]
@@ -263,6 +263,9 @@ def test_each_fold_can_learn_from_its_own_images_without_labels_first(prefect_se
     sets = ["model={name: densenet, init_features: 8, growth_rate: 4, block_config: [2, 2]}", "train.folds=2"]
     sets += ["plan={size_px: 32, batch_size: 4}", "pretrain.width=16", "train.epochs=1", "explain.max_cases=0"]
     given = ("tb_radiograph", cohort, [*sets, 'tracking.register_as=""'], str(tmp_path))
+    sha256 = read_cohort(Path(cohort)).sha256
+    for step, run_id in (("pretrain", "crossed-pretrain-fold0"), ("train", "crossed-fold0")):  # killed at once
+        create_run(tmp_path, "x", run_id, step=step, seed=0, cohort_sha256=sha256, fold=0, folds=2)
     steps.cross_validate_flow(*given, run_id="crossed", pretrain_epochs=2)
     runs, encoders = tmp_path / "runs", {}
     for fold in range(2):
@@ -272,7 +275,10 @@ def test_each_fold_can_learn_from_its_own_images_without_labels_first(prefect_se
         assert load_config(then / "config.yaml").model.weights == str(first / "encoder.safetensors")
         assert load_config(first / "config.yaml").train.epochs == 2
     assert set(flow_runs("crossed-pretrain-fold1")) == {"medseg-pretrain"}
-    (runs / "crossed-fold1" / "evaluation" / "val" / "evaluate.json").unlink()
+    for name in ("evaluation", "bundle", "checkpoints"):  # as if it had been killed before its first checkpoint
+        shutil.rmtree(runs / "crossed-fold1" / name)
+    mlflow_run_id = read_json(runs / "crossed-fold1" / "run.json")["mlflow_run_id"]
     again = steps.cross_validate_flow(*given, run_id="crossed", pretrain_epochs=2)
     assert len(read_json(again.paths["bundle"] / "bundle.json")["members"]) == 2
+    assert read_json(runs / "crossed-fold1" / "run.json")["mlflow_run_id"] == mlflow_run_id
     assert all((run / "encoder.safetensors").read_bytes() == before for run, before in encoders.items())
