@@ -50,7 +50,7 @@ def planned_cases(config: Config, cohort: Cohort) -> tuple[Case, ...]:
 def _check_patch(config: Config, cohort: Cohort) -> None:
     """The network takes the config's patch; where it is pooled by the cohort's spacing, only this can tell."""
     patch, spacing = config.plan.patch_size, config.plan.spacing_mm
-    if patch is None or not config.model.pooled_by_plan:
+    if patch is None or config.task.spatial_dims != 3 or not config.model.pooled_by_plan:
         return
     spacing = spacing or target_spacing(*canonical_grids(cohort, planned_cases(config, cohort)))[0]
     if problem := completed(config.model, pool_by_axis(config.model, patch, spacing)).size_problem(patch):
