@@ -12,13 +12,13 @@ import torch
 from synthetic import radiograph_cohort, segmentation_cohort, tiny_config, tiny_radiograph_config
 
 from medseg.cohort import Case, Cohort, write_cohort
-from medseg.config import DynUNetConfig
+from medseg.config import DynUNetConfig, load_config
 from medseg.data.preprocess import normalise_inplace
 from medseg.files import UserError
 from medseg.images import write_nifti
 from medseg.plan import Plan, read_plan, write_plan
 from medseg.train.budget import Chooser
-from medseg.train.cohort_check import check_cohort
+from medseg.train.cohort_check import _check_patch, check_cohort
 from medseg.train.device import peak_memory_gb
 from medseg.train.draft import draft_plan
 from medseg.train.fingerprint import measure_cohort, target_spacing
@@ -200,6 +200,11 @@ def test_a_patch_is_held_against_the_pooling_that_the_spacing_gives(tmp_path: Pa
     check_cohort(tiny_config(network, "plan.patch_size=[32, 32, 9]"), cohort)  # 5 mm slices are not pooled
     with pytest.raises(UserError, match=r"set it to \(32, 32, 10\) \(voxels of 1 × 1 × 1 mm\)"):
         check_cohort(tiny_config(network, "plan={patch_size: [32, 32, 9], spacing_mm: [1, 1, 1]}"), cohort)
+
+
+def test_a_patch_of_volumes_is_not_held_against_radiographs(tmp_path: Path) -> None:
+    config = load_config("lungs", ["model={name: dynunet}", "plan.patch_size=[33, 48, 32]"])
+    _check_patch(config, radiograph_cohort(tmp_path, 4))  # their files have no spacing to go by
 
 
 def test_candidates_grow_smaller_and_stay_legal(boxes: Cohort) -> None:
