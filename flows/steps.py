@@ -8,6 +8,7 @@ Reading scans and predicting are tried again after a failure and go on where the
 that Prefect starts again, by hand or after a crash, goes on with its run from the last checkpoint.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -95,15 +96,7 @@ def train_flow(
         resume: id of the run to go on with.
         run_id: id for the new run; by default a new one.
     """
-    place = workspace_folder(workspace)
-    identity, tags = current_run_id(), prefect_tags()
-    again = resume or (identity if can_go_on(place, identity) else None)
-
-    def step() -> Result:
-        resolved = road.load(config, overrides or [])
-        return road.train(resolved, Path(cohort), place, resume=again, run_id=identity, tags=tags)
-
-    return leave_artifacts(call_step("train", place, step, gpu=True), place)
+    return _learn("train", road.train, config, cohort, overrides, workspace, resume)
 
 
 @flow(name="medseg-pretrain", flow_run_name=name_new_run, **FLOW_OPTIONS)
@@ -125,15 +118,28 @@ def pretrain_flow(
         resume: id of the run to go on with.
         run_id: id for the new run; by default a new one.
     """
+    return _learn("pretrain", road.pretrain, config, cohort, overrides, workspace, resume)
+
+
+def _learn(
+    name: str,
+    learn: Callable[..., Result],
+    config: str,
+    cohort: str,
+    overrides: list[str] | None,
+    workspace: str | None,
+    resume: str | None,
+) -> Result:
+    """A step that trains, as the run that this flow run is named after; from where it stopped, if it was begun."""
     place = workspace_folder(workspace)
     identity, tags = current_run_id(), prefect_tags()
     again = resume or (identity if can_go_on(place, identity) else None)
 
     def step() -> Result:
         resolved = road.load(config, overrides or [])
-        return road.pretrain(resolved, Path(cohort), place, resume=again, run_id=identity, tags=tags)
+        return learn(resolved, Path(cohort), place, resume=again, run_id=identity, tags=tags)
 
-    return leave_artifacts(call_step("pretrain", place, step, gpu=True), place)
+    return leave_artifacts(call_step(name, place, step, gpu=True), place)
 
 
 @flow(name="medseg-cross-validate", flow_run_name=name_new_run, **FLOW_OPTIONS)
